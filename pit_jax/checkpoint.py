@@ -1,0 +1,273 @@
+"""Checkpoints of trees of arrays: one folder per step, whole or absent.
+
+    directory/
+      200/                  a checkpoint
+        arrays/             Orbax: one entry per leaf under its path, "params/layers/mlp", "opt_state/0/mu/layers/mlp"
+        manifest.json       shape, dtype and CRC-32 of every leaf
+      300.partial/          a save that was killed: ignored, and removed by the next one
+
+A tree is stored flat, by the paths of its leaves, so that what a checkpoint holds does not depend on the Python classes of
+the states that were saved. The manifest is compared with what the caller asks for before an array is read.
+Everything is read and written by Orbax and as JSON; nothing is pickled.
+"""
+
+import dataclasses
+import shutil
+import warnings
+import zlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
+from jax.experimental import multihost_utils
+
+from pit_jax import files
+
+MANIFEST = "manifest.json"
+ARRAYS = "arrays"
+
+
+class DamagedError(ValueError):
+    """A checkpoint that cannot be read, or whose bytes are not those that were saved."""
+
+
+def save(directory: Path, step: int, tree, *, keep: int | None = None) -> None:
+    """Writes `directory`/`step`; returns when it is on disk.
+
+    The folder gets its name by a rename, after all is written. An earlier checkpoint of the same step is replaced.
+    On several hosts all of them call this.
+
+    Args:
+      directory: the folder of the checkpoints of one run; made where it does not exist.
+      step: a number >= 0.
+      tree: a pytree of arrays and Python numbers.
+      keep: after the save, only the newest `keep` of the steps up to `step` stay; None keeps all.
+
+    Raises:
+      ValueError: for a leaf that is not a plain array, and where `keep` < 1.
+    """
+    if keep is not None and keep < 1:
+        raise ValueError(f"keep={keep}: at least the checkpoint that was just written has to stay; None keeps all.")
+    if step < 0:
+        raise ValueError(f"step={step}: checkpoints are named by a number of steps >= 0.")
+    directory = Path(directory).absolute()
+    leaves = {path: _storable(path, x) for path, x in _flatten(tree).items()}
+    partial, final, old = (directory / f"{step}{suffix}" for suffix in (".partial", "", ".old"))
+    if jax.process_index() == 0:
+        _clean(directory)
+        partial.mkdir(parents=True)
+    with _context():
+        ocp.save(partial / ARRAYS, leaves)
+    if jax.process_index() == 0:
+        manifest = {path: dataclasses.asdict(_describe(x)) for path, x in leaves.items()}
+        files.write_json_atomic(partial / MANIFEST, manifest)
+        if final.exists():
+            final.rename(old)
+        partial.rename(final)
+        files.sync_directory(directory)
+        _remove(old)
+        if keep is not None:
+            for earlier in [s for s in all_steps(directory) if s <= step][:-keep]:
+                # A folder that is half deleted must not look like a checkpoint.
+                _remove((directory / f"{earlier}").rename(directory / f"{earlier}.deleted"))
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"saved {final}")
+
+
+def all_steps(directory: Path) -> list[int]:
+    """The steps whose checkpoints were written to the end, in ascending order."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        return []
+    names = [entry.name for entry in directory.iterdir() if entry.is_dir()]
+    return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
+
+
+def latest_step(directory: Path) -> int | None:
+    """The newest of `all_steps`, or None."""
+    steps = all_steps(directory)
+    return steps[-1] if steps else None
+
+
+def restore(directory: Path, step: int, like, *, at: str = ""):
+    """Reads `directory`/`step` into a tree like `like`, bitwise what was saved.
+
+    Args:
+      directory: as in `save`.
+      step: one of `all_steps`.
+      like: a pytree. An array or a `jax.ShapeDtypeStruct` comes back as a jax.Array with its sharding (of the mesh
+        that is set, where the sharding names an abstract mesh; uncommitted, where it has none); a NumPy array comes
+        back as one; a Python number as a Python number.
+      at: the path of the subtree that `like` stands for, such as "params"; empty for all.
+
+    Raises:
+      ValueError: where leaves of `like` are missing on disk, leaves on disk are unknown to `like`, or a shape or dtype
+        differs; it lists their paths.
+      DamagedError: a ValueError too: where the checkpoint cannot be read or its bytes have changed.
+    """
+    folder = Path(directory).absolute() / f"{step}"
+    if not folder.is_dir():
+        raise ValueError(f"{folder} does not exist; the steps that can be restored there are {all_steps(directory)}.")
+    try:
+        manifest = {path: _Leaf(**leaf) for path, leaf in files.read_json(folder / MANIFEST).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise DamagedError(f"checkpoint {folder} is damaged: {error}") from error
+    prefix = f"{at}/" if at else ""
+    wanted = {(prefix + path).rstrip("/"): x for path, x in _flatten(like).items()}
+    _compare(folder, {k: v for k, v in manifest.items() if k == at or k.startswith(prefix)}, wanted)
+    abstract = {path: _abstract(path, x) for path, x in wanted.items()}
+    try:
+        with _context():
+            arrays = ocp.load(folder / ARRAYS, abstract)
+    except jax.errors.JaxRuntimeError:
+        raise  # such as a device that is out of memory
+    except Exception as error:
+        raise DamagedError(f"checkpoint {folder} is damaged: {type(error).__name__}: {error}") from error
+    changed = [path for path, x in arrays.items() if manifest[path].crc32 not in (None, _crc32(x))]
+    if changed:
+        raise DamagedError(f"checkpoint {folder} is damaged: the bytes of these leaves have changed: {_lines(changed)}")
+    leaves = [_like(arrays[path], x) for path, x in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def restore_latest(directory: Path, like) -> tuple[int, object] | None:
+    """`restore` of the newest checkpoint that is not damaged; warns about the damaged ones on the way.
+
+    Args:
+      directory: as in `save`.
+      like: as in `restore`.
+
+    Returns:
+      (step, tree), or None where there is no checkpoint at all.
+
+    Raises:
+      ValueError: where the newest checkpoint is whole but holds other leaves than `like` (see `restore`), and where
+        there are checkpoints and all are damaged: to start anew in silence would overwrite them.
+    """
+    steps = all_steps(directory)
+    for step in reversed(steps):
+        try:
+            return step, restore(directory, step, like)
+        except DamagedError as error:
+            warnings.warn(f"{error}\nThe checkpoint before it is taken.", stacklevel=2)
+    if steps:
+        raise ValueError(
+            f"all checkpoints in {Path(directory).absolute()} are damaged (steps {steps}): "
+            "move them away to start from step 0."
+        )
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    shape: list[int]
+    dtype: str
+    crc32: int | None
+    """None for an array of which no single host holds all."""
+
+
+def _context() -> ocp.Context:
+    context = ocp.Context()
+    context.array_options.saving.use_compression = False  # weights hardly shrink, and zstd costs a third of a save
+    context.pytree_options.loading.partial_load = True  # the manifest was compared before
+    return context
+
+
+def _flatten(tree) -> dict:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): x
+        for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
+
+
+def _storable(path: str, x) -> jax.Array | np.ndarray:
+    if isinstance(x, jax.Array) and not jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):
+        return x
+    if isinstance(x, np.ndarray | np.generic | bool | int | float) and np.asarray(x).dtype != object:
+        return np.asarray(x)
+    kind = getattr(x, "dtype", type(x).__name__)
+    raise ValueError(f"{path} is a {kind}: a checkpoint holds plain arrays only; store jax.random.key_data of a key.")
+
+
+def _describe(x) -> _Leaf:
+    return _Leaf(list(np.shape(x)), np.dtype(x.dtype).name, _crc32(x))
+
+
+def _crc32(x) -> int | None:
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        return None
+    return zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
+
+
+def _compare(folder: Path, stored: dict[str, _Leaf], wanted: dict) -> None:
+    missing = [path for path in wanted if path not in stored]
+    unknown = [path for path in stored if path not in wanted]
+    differ = []
+    for path, leaf in stored.items():
+        if path not in wanted:
+            continue
+        x = wanted[path]
+        shape, dtype = list(np.shape(x)), np.dtype(x.dtype if hasattr(x, "dtype") else type(x)).name
+        if (leaf.shape, leaf.dtype) != (shape, dtype):
+            differ.append(f"{path}: {leaf.dtype}{leaf.shape} on disk, {dtype}{shape} asked for")
+    problems = [
+        f"{words}: {_lines(paths)}"
+        for words, paths in [
+            ("asked for, but not on disk", missing),
+            ("on disk, but not asked for", unknown),
+            ("of another shape or dtype", differ),
+        ]
+        if paths
+    ]
+    if problems:
+        raise ValueError(
+            f"checkpoint {folder} does not hold the leaves that are asked for.\n" + "\n".join(problems) + "\n"
+            "Restore with the config that wrote it, or start this run in another directory."
+        )
+
+
+def _lines(paths: list[str], most: int = 20) -> str:
+    shown = paths[:most] + [f"... and {len(paths) - most} more"] * (len(paths) > most)
+    return "".join(f"\n  {path}" for path in shown)
+
+
+def _abstract(path: str, x):
+    """What Orbax is asked for in the place of x: an array on devices, or in host memory."""
+    sharding = getattr(x, "sharding", None)
+    if isinstance(x, jax.Array) and not x.committed:
+        sharding = None
+    if sharding is None:
+        dtype = x.dtype if hasattr(x, "dtype") else type(x)
+        return np.broadcast_to(np.zeros((), dtype), np.shape(x))
+    if isinstance(sharding, jax.sharding.NamedSharding) and isinstance(sharding.mesh, jax.sharding.AbstractMesh):
+        mesh = jax.sharding.get_mesh()
+        if mesh.empty:
+            raise ValueError(f"{path} has a sharding on an abstract mesh and no mesh is set: call jax.set_mesh(mesh).")
+        sharding = jax.sharding.NamedSharding(mesh, sharding.spec)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _like(array, x):
+    if isinstance(x, bool | int | float):
+        return type(x)(array)
+    if isinstance(x, np.ndarray | np.generic):
+        return np.asarray(array)
+    return array if isinstance(array, jax.Array) else jnp.array(array)
+
+
+def _clean(directory: Path) -> None:
+    """Removes what killed saves and deletions left, and puts back a checkpoint that was about to be replaced."""
+    for old in directory.glob("*.old"):
+        if not (directory / old.stem).exists():
+            old.rename(directory / old.stem)
+    for suffix in ("partial", "old", "deleted"):
+        for leftover in directory.glob(f"*.{suffix}"):
+            if leftover.stem.isdecimal():
+                _remove(leftover)
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)

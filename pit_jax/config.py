@@ -1,0 +1,320 @@
+"""Configs: frozen dataclasses inside, `ml_collections.ConfigDict` outside, converted strictly in one place.
+
+A dataclass here is the whole truth about which fields exist and what they default to. Config files under `configs/`
+start from `to_config_dict(PitConfig())`, change values and are locked, so `--config.ppo.kl_coef=0.02` works and a
+misspelt field is an error that names the nearest one.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from typing import Any
+
+import ml_collections
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+ARMS = ("second_rl_only",)
+"""Arms of Table 2 that need training of their own; First RL only is the first round of the curriculum."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of a decoder (DESIGN: one decoder with fields, not a file per family)."""
+
+    vocab_size: int = 2048
+    num_layers: int = 4
+    d_model: int = 192
+    num_heads: int = 6
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    mlp_dim: int = 512
+    rope_theta: float = 10_000.0
+    norm_epsilon: float = 1e-6
+    tie_embeddings: bool = True
+    dtype: str = "float32"  # of activations and matrix products; parameters are float32
+    remat: str = "none"  # none, dots (keep matrix products), full
+
+    def __post_init__(self):
+        _check(self.num_heads % self.num_kv_heads == 0, "model.num_heads must be a multiple of model.num_kv_heads")
+        _check(self.remat in ("none", "dots", "full"), f"model.remat is {self.remat!r}: use none, dots or full")
+        _check(self.dtype in ("float32", "bfloat16"), f"model.dtype is {self.dtype!r}: use float32 or bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Axes of the device mesh; data=0 takes all devices that `model` leaves."""
+
+    data: int = 0
+    model: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Preference rows (x, y_l, y_w, c) and the windows that bound them."""
+
+    source: str = "synthetic"  # synthetic, file
+    path: str = ""  # source=file: a file or folder (.jsonl, .gz, .xz)
+    format: str = "auto"  # source=file: auto, jsonl, hh_rlhf
+    size: int = 13_000  # source=synthetic: rows over the three folds (13K in the paper, section 4.1)
+    num_selection: int = 128  # held-out rows on which checkpoints are chosen (appendix F)
+    num_test: int = 640
+    num_pretrain: int = 60_000  # source=synthetic: rows written for M_pre, outside the folds
+    prompt_window: int = 512  # tokens of x (appendix F: 512 / 512 / 512); longer rows are dropped and counted
+    response_window: int = 512  # tokens of y, with EOS
+    reflection_window: int = 128  # tokens of c
+
+    def __post_init__(self):
+        _check(self.source in ("synthetic", "file"), f"data.source is {self.source!r}: use synthetic or file")
+        _check(self.source != "file" or bool(self.path), "data.source is 'file': set --config.data.path=FILE_OR_FOLDER")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """SentencePiece; trained on the SFT fold where no model file is named."""
+
+    path: str = ""
+    vocab_size: int = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with warm-up, decay and a global-norm clip."""
+
+    learning_rate: float = 3e-5
+    schedule: str = "constant"  # constant, linear, cosine (to zero at the last step)
+    warmup_fraction: float = 0.0
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.95
+    epsilon: float = 1e-8
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        _check(
+            self.schedule in ("constant", "linear", "cosine"),
+            f"optimizer.schedule is {self.schedule!r}: use constant, linear or cosine",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTConfig:
+    """Likelihood training: M_pre, M_P and M_PIT (section 3.2)."""
+
+    optimizer: OptimizerConfig = OptimizerConfig()
+    batch_size: int = 32
+    sequence_length: int = 0  # >0: rows are packed into sequences of this length; 0: one row per sequence
+    num_steps: int = 0  # 0: from num_epochs
+    num_epochs: float = 1.0
+    unlikelihood: float = 0.0  # weight of the unlikelihood terms of section 3.2 (M_PIT only; 0 as in the paper)
+    chain_of_thought: bool = False  # c, y_w instead of y_w (appendix K; M_PIT only)
+    accumulation: int = 1  # pieces that a batch is computed in
+    loss_on_prompt: bool = False  # M_pre only: plain language modelling
+    chunk_size: int = 0  # log-probs over this many positions at a time; 0: all at once
+    save_every: int = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """M_pre: trained from scratch on generated rows, or read from a checkpoint."""
+
+    checkpoint: str = ""  # folder of a saved M_pre (workdir/checkpoints/pretrain/STEP); empty: train one
+    sft: SFTConfig = SFTConfig()
+    reflection_share: float = 0.3  # rows in the Self-Refine reflection form
+    refinement_share: float = 0.25  # rows in the Self-Refine refinement form; the rest are plain (x, y)
+    chosen_share: float = 0.6  # plain rows whose y is a y_w; the others are y_l: raw text is not all good
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardModelConfig:
+    """R_P (Bradley-Terry) and R_PIT (Equation 2)."""
+
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4)
+    batch_size: int = 16
+    accumulation: int = 1
+    num_steps: int = 0  # 0: from num_epochs
+    num_epochs: float = 1.0
+    loss: str = "gap"  # R_PIT: gap (Equation 2), gap_no_diagonal, mse, r_p_difference (all appendix C)
+    start_from: str = "pretrain"  # pretrain (Algorithm 1) or sft
+    eval_every: int = 50  # steps between accuracies on the selection rows; the best checkpoint is kept
+    save_every: int = 50
+
+    def __post_init__(self):
+        losses = ("gap", "gap_no_diagonal", "mse", "r_p_difference")
+        _check(self.loss in losses, f"reward model loss is {self.loss!r}: use one of {', '.join(losses)}")
+        _check(self.start_from in ("pretrain", "sft"), f"start_from is {self.start_from!r}: use pretrain or sft")
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How responses are sampled."""
+
+    max_new_tokens: int = 512
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0  # 1: off
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOConfig:
+    """PPO with a per-token KL to the frozen SFT policy (Equations 3 to 5)."""
+
+    policy_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5)
+    value_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5)
+    num_iterations: int = 100
+    rollout_size: int = 128  # prompts per iteration
+    num_epochs: int = 4
+    num_minibatches: int = 4
+    temperature: float = 1.0
+    top_k: int = 0  # must stay off in RL: the ratio would be biased
+    top_p: float = 1.0
+    kl_coef: float = 0.05  # beta of Equations 3 to 5
+    kl_estimator: str = "k1"  # k1, k3
+    adaptive_kl: bool = False
+    kl_target: float = 6.0  # adaptive_kl: nats per response
+    kl_horizon: int = 10_000
+    discount: float = 1.0
+    gae_lambda: float = 0.95
+    epsilon: float = 0.2  # clip of the ratio
+    value_epsilon: float = 0.2  # clip of the value; 0: off
+    entropy_coef: float = 0.0
+    missing_eos_penalty: float = 1.0  # taken from the score of a response without EOS
+    normalize_scores: bool = True  # (score - running mean) / running standard deviation
+    value_warmup: int = 0  # first iterations in which only the value model learns
+    eval_every: int = 10  # iterations between candidates for the choice by KL bin (appendix F)
+    save_every: int = 5
+    num_kl_bins: int = 4
+
+    def __post_init__(self):
+        _check(self.kl_estimator in ("k1", "k3"), f"ppo.kl_estimator is {self.kl_estimator!r}: use k1 or k3")
+        _check(
+            self.top_k == 0 and self.top_p == 1.0,
+            "ppo.top_k and ppo.top_p must stay off: the ratio and the KL would be taken under another distribution "
+            "than the one that was sampled. Set top_k=0 and top_p=1.0.",
+        )
+        _check(
+            self.rollout_size % self.num_minibatches == 0,
+            f"ppo.rollout_size={self.rollout_size} must be a multiple of ppo.num_minibatches={self.num_minibatches}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """The tables at the end (section 4.4)."""
+
+    num_prompts: int = 640  # at most; the test rows there are
+    batch_size: int = 128
+    temperature: float = 1.0
+    num_iterations: int = 3  # K of Algorithm 2
+    num_pairs: int = 4  # samples of M_P per test prompt for the accuracy on the policy's own pairs
+    num_resamples: int = 10_000
+    self_refine: bool = True
+    show_samples: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class PitConfig:
+    """PIT: Algorithms 1 and 2."""
+
+    name: str = "pit"
+    seed: int = 0
+    profile: int = 0
+    mesh: MeshConfig = MeshConfig()
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    policy_model: ModelConfig = ModelConfig()
+    pit_model: ModelConfig = ModelConfig()  # may be smaller than the policy (appendix J)
+    reward_model: ModelConfig = ModelConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    sft_policy: SFTConfig = SFTConfig()
+    sft_pit: SFTConfig = SFTConfig()
+    r_p: RewardModelConfig = RewardModelConfig()
+    r_pit: RewardModelConfig = RewardModelConfig()
+    evaluator: RewardModelConfig = RewardModelConfig()
+    ppo: PPOConfig = PPOConfig()  # M_P, Equation 3
+    ppo_pit: PPOConfig = PPOConfig()  # M_PIT, each round of the curriculum
+    curriculum: tuple[str, ...] = ("data", "policy")  # sources of ref_response: data, policy, pit, policy_checkpoint
+    arms: tuple[str, ...] = ()  # extra arms of Table 2: second_rl_only
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    def __post_init__(self):
+        for source in self.curriculum:
+            _check(
+                source in ("data", "policy", "pit", "policy_checkpoint"),
+                f"curriculum names {source!r}: use data, policy, pit or policy_checkpoint",
+            )
+        for arm in self.arms:
+            _check(arm in ARMS, f"arms names {arm!r}: use {', '.join(ARMS)}")
+
+
+def to_config_dict(config: Any) -> ml_collections.ConfigDict:
+    """A dataclass as a locked ConfigDict, whose fields flags can override."""
+
+    def convert(value):
+        if dataclasses.is_dataclass(value):
+            fields = dataclasses.fields(value)
+            return ml_collections.ConfigDict({f.name: convert(getattr(value, f.name)) for f in fields})
+        return value
+
+    return convert(config).lock()
+
+
+def from_config_dict(cls: type, config: ml_collections.ConfigDict | dict, path: str = "config") -> Any:
+    """A ConfigDict as the frozen dataclass `cls`.
+
+    Raises:
+      ValueError: for an unknown field (the nearest is named), a missing field or a value of another type.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    values = dict(config.items())
+    for name in values:
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            hint = f" Did you mean {path}.{near[0]}?" if near else f" Fields: {', '.join(fields)}."
+            raise ValueError(f"{path}.{name} is not a field of {cls.__name__}.{hint}")
+    missing = [name for name in fields if name not in values]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)} (fields of {cls.__name__})")
+    return cls(**{name: _convert(hints[name], values[name], f"{path}.{name}") for name in fields})
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_config_dict(hint, value, path)
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        item = typing.get_args(hint)[0]
+        return tuple(_convert(item, v, f"{path}[{i}]") for i, v in enumerate(value))
+    if origin is types.UnionType:
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ValueError(f"{path} is {value!r} ({type(value).__name__}), but must be of type {hint.__name__}")
+    return value
+
+
+def to_json(config: Any) -> str:
+    """The resolved config as stable, readable JSON."""
+    return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True) + "\n"
+
+
+def differing_fields(ours: dict, theirs: dict, path: str = "config") -> list[str]:
+    """`path: theirs -> ours` for every field in which two resolved configs (from JSON) differ."""
+    lines = []
+    for name in sorted(ours.keys() | theirs.keys()):
+        a, b = ours.get(name), theirs.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differing_fields(a, b, f"{path}.{name}")
+        elif a != b:
+            lines.append(f"{path}.{name}: {b!r} -> {a!r}")
+    return lines

@@ -1,0 +1,1 @@
+"""Rows of text, and how they become arrays."""

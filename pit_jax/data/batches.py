@@ -1,0 +1,127 @@
+"""From rows of ids to batches: `batch_at(step)` is a pure function of (seed, step, host).
+
+The data state of a run is its step number: nothing has to be saved to resume, and two hosts read disjoint halves of the
+same batch.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from pit_jax import sharding
+from pit_jax.types import PromptBatch, ScoreBatch, TokenBatch
+
+Ids = Sequence[int]
+
+
+def token_rows(rows: Sequence[tuple[Ids, Ids]], length: int, *, loss_on_prompt: bool = False) -> TokenBatch:
+    """One (prompt, response) per sequence, right-padded to `length`.
+
+    Args:
+      rows: (prompt ids, response ids with EOS); together at most `length`.
+      length: T.
+      loss_on_prompt: True trains on the prompt as well (language modelling), except its first token.
+
+    Returns:
+      TokenBatch of numpy arrays [len(rows), T].
+    """
+    return packed_rows(rows, length, loss_on_prompt=loss_on_prompt, rows_per_sequence=1)
+
+
+def packed_rows(
+    rows: Sequence[tuple[Ids, Ids]],
+    length: int,
+    *,
+    loss_on_prompt: bool = False,
+    rows_per_sequence: int | None = None,
+    open_sequences: int = 64,
+) -> TokenBatch:
+    """As `token_rows`, with several rows per sequence: first fit over the last `open_sequences` sequences.
+
+    Rows of one sequence have segments 1, 2, ... and positions from 0, and do not see each other.
+    """
+    sequences: list[list[int]] = []  # row numbers
+    room: list[int] = []
+    for i, (prompt, response) in enumerate(rows):
+        size = len(prompt) + len(response)
+        if size > length:
+            raise ValueError(f"row {i} has {size} tokens, more than the sequence length {length}")
+        for j in range(max(0, len(sequences) - open_sequences), len(sequences)):
+            if room[j] >= size and (rows_per_sequence is None or len(sequences[j]) < rows_per_sequence):
+                break
+        else:
+            j = len(sequences)
+            sequences.append([])
+            room.append(length)
+        sequences[j].append(i)
+        room[j] -= size
+
+    shape = (len(sequences), length)
+    batch = TokenBatch(*(np.zeros(shape, np.int32) for _ in range(3)), np.zeros(shape, np.bool_))
+    for j, members in enumerate(sequences):
+        start = 0
+        for segment, i in enumerate(members, 1):
+            prompt, response = rows[i]
+            end = start + len(prompt) + len(response)
+            batch.tokens[j, start:end] = [*prompt, *response]
+            batch.segments[j, start:end] = segment
+            batch.positions[j, start:end] = np.arange(end - start)
+            batch.loss_mask[j, start + (1 if loss_on_prompt else len(prompt)) : end] = True
+            start = end
+    return batch
+
+
+def score_rows(groups: Sequence[Sequence[Ids]], length: int) -> ScoreBatch:
+    """Groups of C rows for a reward model, right-padded: tokens [len(groups), C, T], lengths [len(groups), C]."""
+    tokens = np.zeros((len(groups), len(groups[0]), length), np.int32)
+    lengths = np.zeros(tokens.shape[:2], np.int32)
+    for i, group in enumerate(groups):
+        for j, ids in enumerate(group):
+            tokens[i, j, : len(ids)] = ids
+            lengths[i, j] = len(ids)
+    return ScoreBatch(tokens, lengths)
+
+
+def prompt_rows(prompts: Sequence[Ids], length: int) -> PromptBatch:
+    """Left-padded prompts: tokens [len(prompts), P], lengths [len(prompts)]."""
+    tokens = np.zeros((len(prompts), length), np.int32)
+    for i, ids in enumerate(prompts):
+        if len(ids) > length:
+            raise ValueError(f"prompt {i} has {len(ids)} tokens, more than the window {length}")
+        tokens[i, length - len(ids) :] = ids
+    return PromptBatch(tokens, np.asarray([len(ids) for ids in prompts], np.int32))
+
+
+def row_numbers(
+    num_rows: int, batch_size: int, step: int, seed: int, *, host: int = 0, num_hosts: int = 1
+) -> np.ndarray:
+    """Which rows this host reads at `step`: a fresh permutation every epoch, batches that run across epoch ends.
+
+    Hosts are disjoint and together complete; every row comes once per epoch.
+    """
+    if num_rows < 1:
+        raise ValueError("there are no rows to make a batch of")
+    if batch_size % num_hosts:
+        raise ValueError(f"batch_size={batch_size} must be a multiple of the number of processes, {num_hosts}")
+    local = batch_size // num_hosts
+    index = step * batch_size + host * local + np.arange(local)
+    epochs, offsets = index // num_rows, index % num_rows
+    permutations = {e: np.random.default_rng([seed, int(e)]).permutation(num_rows) for e in np.unique(epochs)}
+    return np.asarray([permutations[e][o] for e, o in zip(epochs, offsets, strict=True)])
+
+
+def make_batch_at(arrays, batch_size: int, seed: int) -> Callable[[int], object]:
+    """`batch_at(step)` over arrays with a leading row axis: this host's rows, put on the mesh."""
+    num_rows = len(jax.tree.leaves(arrays)[0])
+
+    def batch_at(step: int):
+        rows = row_numbers(num_rows, batch_size, step, seed, host=jax.process_index(), num_hosts=jax.process_count())
+        return sharding.shard_batch(jax.tree.map(lambda x: x[rows], arrays))
+
+    return batch_at
+
+
+def round_up(n: int, multiple: int = 8) -> int:
+    """The next multiple: lengths of compiled shapes."""
+    return -(-n // multiple) * multiple

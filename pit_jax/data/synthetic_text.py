@@ -1,0 +1,315 @@
+"""The words of the synthetic task: topics, word bank, tasks, phrasings of requirements, clauses of reflections.
+
+Everything is drawn from a few hundred words, so that a vocabulary of 2,048 pieces holds each of them whole and a small
+model spends its minutes on following instructions, not on spelling. Bank words are words that a requirement can ask
+for; they appear in no sentence by themselves, so that an answer has one only by being asked or as a distractor.
+"""
+
+import re
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+BANK = _words(
+    "gold silver copper iron glass paper cotton silk velvet wool leather marble stone sand amber pearl coral "
+    "honey sugar salt pepper ginger mint basil lemon orange cherry apple vanilla cocoa butter cream rice corn "
+    "music rhythm magic wonder courage wisdom comfort laughter peace hope trust pride spirit energy power speed "
+    "balance freedom summer winter autumn morning evening midnight sunrise sunshine moonlight rain snow thunder "
+    "wind fire smoke water ocean river lake forest meadow mountain valley island desert jungle harbor village "
+    "castle tower bridge lantern candle mirror window ribbon feather crystal diamond rocket planet comet tiger "
+    "eagle dolphin panda rabbit falcon wolf rose lily tulip daisy maple cedar willow bamboo"
+)
+"""Words that `contains`, `avoids`, `starts_with`, `ends_with` and hashtags ask for."""
+
+TOPICS = (
+    *_words(
+        "coffee tea pizza soup cake yoga chess tennis soccer running cycling hiking camping fishing sailing skating"
+    ),
+    *_words("painting cooking baking knitting reading robots bikes shoes books toys games phones movies"),
+    *("tea party", "dance party", "pizza party", "game party", "movie night", "game night", "pizza night"),
+    *("dance night", "book club", "chess club", "tennis club", "yoga club", "art class", "yoga class"),
+    *("cooking class", "dance class", "art show", "dog show", "car show", "toy store", "book store", "pet store"),
+)
+"""What an answer is about. Two-word topics share their halves, so that half of one can be another's."""
+
+JSON_KEYS = ("text", "title", "line", "answer", "body", "result")
+
+TASKS = {
+    "tagline": ("a tagline", "our {t} is made for you|{t} for all of us|the best {t} in town|the home of {t}"),
+    "slogan": ("a slogan", "choose {t}|live for {t}|think big and choose {t}|more {t} for more people"),
+    "tweet": ("a tweet", "we love {t}|so happy about {t}|this {t} made my day|can not wait for {t}"),
+    "greeting": ("a greeting", "hello from our {t}|welcome to {t}|hello and welcome to our {t}|hello {t} friends"),
+    "headline": ("a headline", "new {t} in town|{t} is back|big news about {t}|people love the new {t}"),
+    "invitation": (
+        "an invitation",
+        "join us for {t}|you are invited to our {t}|come to {t} with us|be our guest at {t}",
+    ),
+    "thank-you": ("a thank-you note", "thank you for the {t}|many thanks for your {t}|we thank you for {t}"),
+    "reminder": ("a reminder", "do not forget {t}|remember your {t}|it is time for {t}|please remember our {t}"),
+    "product": ("a product description", "this {t} is new and great|our {t} is made with care|our {t} will last"),
+    "review": ("a review", "great {t}|this {t} is the best|we really love this {t}|i like the {t} very much"),
+    "email": ("an email", "dear friend we have {t}|dear team please see our {t}|dear all we are back with {t}"),
+    "advertisement": ("an advertisement", "get your {t} here|try our new {t}|buy {t} and smile|get more from {t}"),
+    "poster": ("a poster", "see {t} with us|come and see our {t}|free {t} for you|big {t} day"),
+    "caption": ("a caption", "my {t} and me|this is our {t}|a good day for {t}|happy with my {t}"),
+    "announcement": ("an announcement", "we now have {t}|here is our new {t}|we open our {t}|our {t} is open"),
+    "wish": ("a birthday wish", "happy birthday and happy {t}|we wish you great {t}|a birthday full of {t}"),
+    "apology": ("an apology", "sorry about the {t}|we are sorry for our {t}|please forgive us for the {t}"),
+    "compliment": (
+        "a compliment",
+        "your {t} is great|you make {t} look great|we love your {t}|you are the best at {t}",
+    ),
+    "message": ("a text message", "see you at {t}|call me about {t}|are you here for {t}|meet me at {t}"),
+    "motto": ("a motto", "{t} first|life is {t}|{t} makes life great|we live and love {t}"),
+}
+"""name -> (how a prompt calls it, sentences with the topic as {t})."""
+TASKS = {name: (called, tuple(cores.split("|"))) for name, (called, cores) in TASKS.items()}
+
+SENTENCES = (
+    *("come and see", "you will love it", "we are happy", "life is good", "have a great day", "bring your friends"),
+    *("it is great", "tell your friends", "we love it", "come with us", "you are welcome", "call us", "have fun"),
+    *("be happy", "see you here", "we will be here", "thank you", "it is free"),
+)
+"""Further sentences, without the topic."""
+
+ITEM_CORES = ("our {t}", "more {t}", "the best {t}", "new {t}", "{t} for you", "great {t}", "love {t}", "see {t}")
+ITEMS = (
+    *("have fun", "bring friends", "great people", "free for all", "a good day", "new friends", "good news"),
+    *("a big smile", "time for you", "love and care", "the best team", "be happy", "come with us", "more fun"),
+)
+"""Items of a list, with and without the topic."""
+
+TAILS = {
+    1: ("today", "now", "here", "again", "together", "always"),
+    2: ("every day", "right now", "this week", "with friends", "for everyone", "at home", "with us", "all day"),
+    3: ("all year long", "in your home", "for the family", "with good people", "time and again", "all this week"),
+}
+"""length in words -> endings that fit any sentence."""
+WORD_TAILS = ("with {w}", "like {w}", "full of {w}", "with more {w}", "and some {w}", "and {w}")
+"""Endings that carry a bank word."""
+STARTERS = ("time:", "news:", "fans:", "day:", "and more:")
+"""What follows a word that has to come first."""
+
+_HELD_OUT = 2  # the last phrasings of each kind are for the test set only
+
+PHRASINGS = {
+    "topic": (
+        *("Write {a} that mentions {v}.", "Write {a} about {v} and mention it.", "Mention {v} in {a}."),
+        *("Give me {a} that mentions {v}.", "I need {a} that mentions {v}.", "Please write {a} and mention {v}."),
+        *("We need {a} with a mention of {v}.", "Make {a} which must mention {v}."),
+        *("Please give me {a} that should mention {v}.", "Write me {a} and please mention {v}."),
+    ),
+    "contains": (
+        *("Include the word {v}.", "Use the word {v}.", "It must contain the word {v}.", "The word {v} must appear."),
+        *("Put the word {v} in it.", "The answer should include the word {v}.", "Make use of the word {v}."),
+        *("Please include the word {v}.", "The text must contain the word {v}."),
+    ),
+    "avoids": (
+        *("Do not use the word {v}.", "Avoid the word {v}.", "The word {v} must not appear."),
+        *("Leave out the word {v}.", "Write it without the word {v}.", "It must not contain the word {v}."),
+        *("The answer should avoid the word {v}.", "Please do not include the word {v}."),
+    ),
+    "starts_with": (
+        *("Start with the word {v}.", "Begin with the word {v}.", "The first word must be {v}."),
+        *("It should start with the word {v}.", "Make {v} the first word.", "Put {v} as the first word."),
+        *("The answer should begin with the word {v}.", "Use {v} as the first word."),
+    ),
+    "ends_with": (
+        *("End with the word {v}.", "The last word must be {v}.", "It should end with the word {v}."),
+        *("Make {v} the last word.", "Finish with the word {v}.", "Put {v} as the last word."),
+        *("The answer should finish with the word {v}.", "Use {v} as the last word."),
+    ),
+    "hashtag": (
+        *(
+            "Add the hashtag #{v}.",
+            "Include the hashtag #{v}.",
+            "Use the hashtag #{v}.",
+            "It must have the hashtag #{v}.",
+        ),
+        *("Put the hashtag #{v} in it.", "The hashtag #{v} must appear."),
+        *("The answer should include the hashtag #{v}.", "Please add the hashtag #{v}."),
+    ),
+    "hashtags": (
+        *("Use exactly {v} hashtags.", "Add exactly {v} hashtags.", "It must have exactly {v} hashtags."),
+        *("Include {v} hashtags.", "Put {v} hashtags in it.", "Write {v} hashtags in the answer."),
+        *("The answer should have {v} hashtags.", "Please add {v} hashtags."),
+    ),
+    "upper_case": (
+        *("Use only upper case letters.", "Write it in upper case.", "All letters must be upper case."),
+        *("Write everything in capital letters.", "Use capital letters only.", "It should be in upper case."),
+        *("Put all of it in upper case.", "The text must be in capital letters."),
+    ),
+    "lower_case": (
+        *("Use only lower case letters.", "Write it in lower case.", "All letters must be lower case."),
+        *("Write everything in small letters.", "Use small letters only.", "It should be in lower case."),
+        *("Put all of it in lower case.", "The text must be in small letters."),
+    ),
+    "html_bold": (
+        *("Put a part in HTML bold.", "Use HTML tags for bold.", "Make a part bold with HTML."),
+        *("The answer should have an HTML bold part.", "It must have HTML bold text.", "Use HTML to make words bold."),
+        *("Please add HTML bold text.", "A part must be in HTML bold."),
+    ),
+    "html_italic": (
+        *("Put a part in HTML italics.", "Use HTML tags for italics.", "Make a part italic with HTML."),
+        *("The answer should have an HTML italic part.", "It must have HTML italic text."),
+        *("Use HTML to make words italic.", "Please add HTML italic text.", "A part must be in HTML italics."),
+    ),
+    "html_paragraph": (
+        *("Put it in an HTML paragraph.", "Use an HTML paragraph.", "Make it an HTML paragraph."),
+        *("The answer should be an HTML paragraph.", "Write it as an HTML paragraph.", "It must be an HTML paragraph."),
+        *("All of it must be in an HTML paragraph.", "Please use HTML paragraph tags."),
+    ),
+    "markdown_bold": (
+        *("Put a part in Markdown bold.", "Use Markdown bold.", "Make a part bold with Markdown."),
+        *("The answer should have a Markdown bold part.", "It must have Markdown bold text."),
+        *("Use Markdown to make words bold.", "Please add Markdown bold text.", "A part must be in Markdown bold."),
+    ),
+    "markdown_heading": (
+        *("Make it a Markdown heading.", "Use a Markdown heading.", "Write it as a Markdown heading."),
+        *(
+            "It must be a Markdown heading.",
+            "The answer should be a Markdown heading.",
+            "Put it in a Markdown heading.",
+        ),
+        *("Start as a Markdown heading.", "Please use a Markdown heading."),
+    ),
+    "quotes": (
+        *("Put it in double quotes.", "Use double quotes around it.", "Put double quotes around the answer."),
+        *("Write it in double quotes.", "All of it must be in double quotes.", "The text should be in double quotes."),
+        *("The answer must be in double quotes.", "Please put double quotes around it."),
+    ),
+    "json": (
+        *('Write it as JSON with the key "{v}".', 'Use JSON with the key "{v}".', 'Make it JSON with the key "{v}".'),
+        *('The answer must be JSON with the key "{v}".', 'It should be JSON with the key "{v}".'),
+        *('Give me JSON with the key "{v}".', 'Put it in JSON with the key "{v}".'),
+        *('Please use JSON and the key "{v}".', 'The text must be in JSON with the key "{v}".'),
+    ),
+    "parentheses": (
+        *("Put a part in parentheses.", "Use parentheses for a part.", "It must have a part in parentheses."),
+        *("Include words in parentheses.", "Write a part in parentheses.", "Add a part in parentheses."),
+        *("A part must be in parentheses.", "The answer should have words in parentheses."),
+    ),
+    "exactly_words": (
+        *("Use exactly {v} words.", "Write exactly {v} words.", "It must have exactly {v} words."),
+        *("It should be {v} words long.", "Make it exactly {v} words long.", "Give me exactly {v} words."),
+        *("The answer must have exactly {v} words.", "Make it {v} words long."),
+    ),
+    "at_most_words": (
+        *("Use at most {v} words.", "Write at most {v} words.", "Use no more than {v} words."),
+        *("It should have at most {v} words.", "It must not have more than {v} words.", "Give me at most {v} words."),
+        *("The answer must have at most {v} words.", "Write no more than {v} words."),
+    ),
+    "sentences": (
+        *("Use exactly {v} sentences.", "Write exactly {v} sentences.", "It must have exactly {v} sentences."),
+        *("It should be {v} sentences long.", "Write it in {v} sentences.", "Give me exactly {v} sentences."),
+        *("The answer must have {v} sentences.", "Make it {v} sentences long."),
+    ),
+    "bullets": (
+        *("Use exactly {v} bullet points.", "Write {v} bullet points.", "Make it {v} bullet points."),
+        *("It must have {v} bullet points.", "Write it as {v} bullet points.", "Give me {v} bullet points."),
+        *("The answer must have {v} bullet points.", "It should be {v} bullet points."),
+    ),
+    "numbered": (
+        *("Write a numbered list of {v}.", "Use a numbered list of {v}.", "Make it a numbered list of {v}."),
+        *(
+            "It must be a numbered list of {v}.",
+            "Write it as a numbered list of {v}.",
+            "Give me a numbered list of {v}.",
+        ),
+        *("The answer must be a numbered list of {v}.", "Put it in a numbered list of {v}."),
+    ),
+    "exclamation": (
+        *("End with an exclamation mark.", "It must end with an exclamation mark.", "Finish with an exclamation mark."),
+        *("Put an exclamation mark last.", "The last mark must be an exclamation mark."),
+        *("Use an exclamation mark as the last mark.", "The answer should end with an exclamation mark."),
+        *("Please finish with an exclamation mark.",),
+    ),
+    "question": (
+        *("End with a question mark.", "It must end with a question mark.", "Finish with a question mark."),
+        *("Put a question mark last.", "The last mark must be a question mark."),
+        *("Use a question mark as the last mark.", "The answer should end with a question mark."),
+        *("Please finish with a question mark.",),
+    ),
+    "postscript": (
+        *("Add a P.S. line.", "Include a P.S. line.", "It must have a P.S. line.", "Put a P.S. line last."),
+        *("Write a P.S. line too.", "Finish with a P.S. line."),
+        *("The answer should have a P.S. line.", "Please add a P.S. line."),
+    ),
+    "no_commas": (
+        *("Do not use commas.", "Use no commas.", "Write it without commas.", "Avoid commas."),
+        *("It must not contain commas.", "Leave out all commas."),
+        *("The answer should have no commas.", "Please do not use commas."),
+    ),
+}
+"""kind -> ways to ask for it; {v} is the value, {a} the task with its article."""
+
+
+def phrasings(kind: str, which: str) -> tuple[str, ...]:
+    """Ways to ask for a requirement.
+
+    Args:
+      kind: a key of PHRASINGS.
+      which: "train" or "test"; the two share nothing.
+
+    Raises:
+      ValueError: for another `which`.
+    """
+    if which == "train":
+        return PHRASINGS[kind][:-_HELD_OUT]
+    if which == "test":
+        return PHRASINGS[kind][-_HELD_OUT:]
+    raise ValueError(f"phrasings is {which!r}: use train or test")
+
+
+CLAUSES = {
+    "topic": ("mentions {v}|does mention {v}", "does not mention {v}|lacks the topic {v}"),
+    "contains": ("contains {v}|has the word {v}", "does not contain {v}|lacks the word {v}"),
+    "avoids": ("avoids {v}|does not use {v}", "does use {v}|should avoid {v}"),
+    "starts_with": ("starts with {v}|begins with {v}", "does not start with {v}|should begin with {v}"),
+    "ends_with": ("ends with {v}|finishes with {v}", "does not end with {v}|should finish with {v}"),
+    "hashtag": ("has #{v}|includes #{v}", "lacks #{v}|should include #{v}"),
+    "hashtags": ("has {v} hashtags|uses {v} hashtags", "does not have {v} hashtags|should have {v} hashtags"),
+    "upper_case": ("is in upper case|is all upper case", "is not in upper case|should be all upper case"),
+    "lower_case": ("is in lower case|is all lower case", "is not in lower case|should be all lower case"),
+    "html_bold": ("has HTML bold|uses HTML bold", "lacks HTML bold|should use HTML bold"),
+    "html_italic": ("has HTML italics|uses HTML italics", "lacks HTML italics|should use HTML italics"),
+    "html_paragraph": ("is an HTML paragraph", "is not an HTML paragraph|should be an HTML paragraph"),
+    "markdown_bold": ("has Markdown bold|uses Markdown bold", "lacks Markdown bold|should use Markdown bold"),
+    "markdown_heading": ("is a Markdown heading", "is not a Markdown heading|should be a Markdown heading"),
+    "quotes": ("is in double quotes", "is not in double quotes|should be in double quotes"),
+    "json": ('is JSON with "{v}"', 'is not JSON with "{v}"|should be JSON with "{v}"'),
+    "parentheses": ("has parentheses|uses parentheses", "lacks parentheses|should use parentheses"),
+    "exactly_words": ("has {v} words|is {v} words long", "does not have {v} words|is not {v} words long"),
+    "at_most_words": ("has at most {v} words", "should have at most {v} words"),
+    "sentences": ("has {v} sentences|is {v} sentences long", "does not have {v} sentences|is not {v} sentences long"),
+    "bullets": ("has {v} bullet points", "does not have {v} bullet points|should have {v} bullet points"),
+    "numbered": ("is a numbered list of {v}", "is not a numbered list of {v}"),
+    "exclamation": ("ends with an exclamation mark", "lacks the exclamation mark"),
+    "question": ("ends with a question mark", "lacks the question mark"),
+    "postscript": ("has a P.S. line|includes a P.S. line", "lacks a P.S. line|should include a P.S. line"),
+    "no_commas": ("has no commas|avoids commas", "has commas|should avoid commas"),
+}
+"""kind -> (said of an answer that meets it, said of one that does not)."""
+CLAUSES = {kind: (tuple(met.split("|")), tuple(unmet.split("|"))) for kind, (met, unmet) in CLAUSES.items()}
+
+
+def word_forms() -> list[str]:
+    """Each word of the task in the forms that rows use: plain, capitalised, upper case, after "#".
+
+    Training text for a vocabulary, beside the rows. SentencePiece's unigram model takes as candidates only strings that
+    occur in several distinct words, however often they occur, and would split words such as "Use" that always stand
+    alone.
+    """
+    texts = [*BANK, *TOPICS, *JSON_KEYS, *STARTERS, *WORD_TAILS, *SENTENCES, *ITEM_CORES, *ITEMS]
+    texts += [text for tails in TAILS.values() for text in tails]
+    texts += [text for called, cores in TASKS.values() for text in (called, *cores)]
+    texts += [text for wordings in PHRASINGS.values() for text in wordings]
+    texts += [text for clauses in CLAUSES.values() for wordings in clauses for text in wordings]
+    texts += ["The It response answer meets all of requirements HTML Markdown JSON"]
+    forms = []
+    for word in sorted({w for text in texts for w in re.findall(r"[A-Za-z]+", re.sub(r"\{.\}", " ", text))}):
+        for form in dict.fromkeys((word, word.lower(), word.capitalize(), word.upper())):
+            forms.append(f"{form} {form}. #{form} #{form}.")
+    return forms

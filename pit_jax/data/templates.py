@@ -1,0 +1,63 @@
+"""Templates: text files whose `{fields}` are filled with plain text and whose control symbols become control ids.
+
+The files beside this module are the default wording (the literal forms of PIT appendix A, and our own words for the two
+Self-Refine prompts of appendix E.1); a folder with files of the same names replaces them.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from pit_jax.data.tokenizer import CONTROL_SYMBOLS, Tokenizer
+
+FIELDS = {
+    "policy": {"prompt"},
+    "pit": {"prompt", "ref_response"},
+    "reflection": {"prompt", "response"},
+    "refinement": {"prompt", "response", "feedback"},
+}
+_PARTS = re.compile("(" + "|".join(map(re.escape, CONTROL_SYMBOLS)) + r"|\{[a-z_]+\})")
+
+
+def load(name: str, folder: str | Path | None = None) -> str:
+    """The text of a template.
+
+    Raises:
+      ValueError: where a replaced file lacks a field or names an unknown one.
+    """
+    path = Path(folder or Path(__file__).parent / "templates") / f"{name}.txt"
+    text = path.read_text(encoding="utf-8")
+    found = set(re.findall(r"\{([a-z_]+)\}", text))
+    if found != FIELDS[name]:
+        raise ValueError(f"template {path} has the fields {sorted(found)}, but needs {sorted(FIELDS[name])}")
+    return text
+
+
+Template = tuple[tuple[str, str | tuple[int, ...]], ...]
+"""Parts in order: ("ids", ids of a literal or of a control symbol) or ("field", its name)."""
+
+
+def parse(tokenizer: Tokenizer, text: str) -> Template:
+    """A template's text with its literals encoded.
+
+    Literals and fields are encoded one by one, so a field cannot merge with what stands beside it, and a control
+    symbol is made only where the template itself has one.
+    """
+    parts: list[tuple[str, str | tuple[int, ...]]] = [("ids", (tokenizer.bos_id,))]
+    for part in _PARTS.split(text):
+        if part in tokenizer.control_ids:
+            parts.append(("ids", (tokenizer.control_ids[part],)))
+        elif part.startswith("{") and part.endswith("}"):
+            parts.append(("field", part[1:-1]))
+        elif part:
+            parts.append(("ids", tuple(tokenizer.encode(part))))
+    return tuple(parts)
+
+
+def fill(tokenizer: Tokenizer, template: Template, **fields: str | Sequence[int]) -> list[int]:
+    """The ids of a template whose fields are plain text, or ids that a model has sampled."""
+    ids: list[int] = []
+    for kind, part in template:
+        value = fields[part] if kind == "field" else part
+        ids += tokenizer.encode(value) if isinstance(value, str) else value
+    return ids

@@ -1,0 +1,282 @@
+"""The last stage of PIT: Algorithm 2 on the test prompts, judged by the verifier and by the evaluator (section 4)."""
+
+import functools
+import json
+
+import numpy as np
+
+from pit_jax.config import SamplingConfig
+from pit_jax.data import verifier
+from pit_jax.evaluation import agreement, tables, win_rate
+from pit_jax.files import write_json_atomic, write_text_atomic
+from pit_jax.pipelines import pit, self_refine
+from pit_jax.types import PreferenceExample
+
+TIE_BAND = (0.45, 0.55)
+"""sigma(r1 - r2) within it is a tie for a reward model (section 4.4)."""
+
+Answers = dict[str, list[list[int]]]
+"""Name -> one response per row, as ids without EOS."""
+
+ARM_STAGES = {"second_rl_only": "arm_second_rl_only"}
+"""Arms of Table 2 that are trained only when asked for."""
+
+
+def evaluate(context: pit.Context) -> dict:
+    """Samples, judges and writes results.json, tables.txt, CSV files and samples/test.jsonl.
+
+    Returns:
+      The stage's record; the numbers are in results.json.
+    """
+    config = context.config
+    rows = context.rows["test"][: config.evaluation.num_prompts]
+    answers, parsed = _answers(context, rows)
+    judges = {"evaluator": _evaluator_scores(context, rows, answers)}
+    if rows[0].requirements:
+        judges = {"verifier": _verifier_scores(context, rows, answers)} | judges
+    comparisons = {}
+    for name, (first, second) in _pairs(answers).items():
+        comparisons[name] = {}
+        for judge, scores in judges.items():
+            band = TIE_BAND if judge == "evaluator" else None
+            outcomes = win_rate.compare(scores[first], scores[second], tie_band=band)
+            summary = win_rate.summarize(outcomes, seed=config.seed, num_resamples=config.evaluation.num_resamples)
+            comparisons[name][judge] = summary
+    results = {
+        "name": config.name,
+        "seed": config.seed,
+        "comparisons": comparisons,
+        "answers": _answer_statistics(context, rows, answers, judges),
+        "reward_models": _reward_models(context, rows, answers),
+        "self_refine": parsed,
+        "stages": _stage_records(context),
+        "missing": {
+            f"{arm}_vs_{other}": f"--config.arms={arm}"
+            for arm, stage in ARM_STAGES.items()
+            if context.workdir.done(stage) is None
+            for other in ("original", "pit")
+        },
+    }
+    _write_samples(context, rows, answers, judges)
+    write_json_atomic(context.workdir.root / "results.json", results)
+    text = tables.render(results)
+    write_text_atomic(context.workdir.root / "tables.txt", text + "\n")
+    tables.write_csv(results, context.workdir.root / "tables")
+    _print_samples(context, rows, answers)
+    return {"steps": 0, "arms": list(config.arms)}
+
+
+def _answers(context: pit.Context, rows: list[PreferenceExample]) -> tuple[Answers, dict[str, float]]:
+    """All answers to the test prompts, and what Self-Refine reports."""
+    parsed: dict[str, float] = {}
+    config, e = context.config, context.encoder
+    settings = SamplingConfig(config.data.response_window, config.evaluation.temperature)
+    longer = SamplingConfig(pit.improvement_window(context), config.evaluation.temperature)
+    key = lambda name: pit.key_of(config, f"evaluate/{name}")  # noqa: E731
+    size, eos = config.evaluation.batch_size, e.tokenizer.eos_id
+    load = functools.cache(lambda stage: (pit.model_of(context, stage), pit.load_model(context, stage)))
+
+    def policy(name, stage="rl_policy"):
+        prompts = [e.policy_prompt(r.prompt) for r in rows]
+        return pit.sample(
+            *load(stage), prompts, key(name), window=e.policy_window, settings=settings, eos_id=eos, batch_size=size
+        )
+
+    def improve(name, refs, stage):
+        prompts = [e.pit_prompt(r.prompt, y) for r, y in zip(rows, refs, strict=True)]
+        return pit.sample(
+            *load(stage), prompts, key(name), window=e.pit_window, settings=longer, eos_id=eos, batch_size=size
+        )
+
+    final = f"rl_pit_{len(config.curriculum)}"
+    answers = {
+        "chosen": [e.response(r.chosen)[:-1] for r in rows],
+        "original": policy("original"),
+        "fresh": policy("fresh"),  # a second sample of M_P: what sampling again would give
+        "sft": policy("sft", "sft_policy"),
+    }
+    current = answers["original"]
+    for k in range(1, config.evaluation.num_iterations + 1):
+        current = improve(f"pit_{k}", current, final)
+        answers["pit" if k == 1 else f"pit_iteration_{k}"] = current
+    # Each prompt gets the answer to another prompt: what remains of the gain did not need ref_response.
+    shuffled = answers["original"][1:] + answers["original"][:1]
+    answers["pit_shuffled"] = improve("pit_shuffled", shuffled, final)
+    answers["pit_sft"] = improve("pit_sft", answers["original"], "sft_pit")
+    if config.evaluation.self_refine and rows[0].reflection:
+        answers["self_refine"], parsed = self_refine.refine(context, rows, answers["original"])
+    if config.curriculum[0] == "data" and len(config.curriculum) > 1:
+        answers["first_rl_only"] = improve("first_rl_only", answers["original"], "rl_pit_1")
+    for arm, stage in ARM_STAGES.items():
+        if context.workdir.done(stage) is not None:
+            answers[arm] = improve(arm, answers["original"], stage)
+    return answers, parsed
+
+
+def _pairs(answers) -> dict[str, tuple[str, str]]:
+    """Comparison name -> (first, second) answers; those whose answers exist."""
+    wanted = [
+        ("original_vs_chosen", "original", "chosen"),
+        ("pit_vs_original", "pit", "original"),
+        ("pit_sft_vs_original", "pit_sft", "original"),
+        ("rl_vs_sft", "original", "sft"),
+        ("fresh_vs_original", "fresh", "original"),
+        ("pit_shuffled_vs_original", "pit_shuffled", "original"),
+        ("self_refine_vs_original", "self_refine", "original"),
+        ("pit_vs_self_refine", "pit", "self_refine"),
+        ("first_rl_only_vs_original", "first_rl_only", "original"),
+        ("first_rl_only_vs_pit", "first_rl_only", "pit"),
+        ("second_rl_only_vs_original", "second_rl_only", "original"),
+        ("second_rl_only_vs_pit", "second_rl_only", "pit"),
+    ]
+    iterations = [name for name in answers if name.startswith("pit_iteration_")]
+    wanted += [(f"{name}_vs_original", name, "original") for name in iterations]
+    return {name: (a, b) for name, a, b in wanted if a in answers and b in answers}
+
+
+def _verifier_scores(context, rows, answers) -> dict[str, np.ndarray]:
+    """Share of requirements met."""
+    text = context.encoder.text
+    return {
+        name: np.asarray([verifier.share_met(r.requirements, text(y)) for r, y in zip(rows, ys, strict=True)])
+        for name, ys in answers.items()
+    }
+
+
+def _with_eos(context, ids) -> list[int]:
+    return [*ids, context.encoder.tokenizer.eos_id]
+
+
+def _evaluator_scores(context, rows, answers) -> dict[str, np.ndarray]:
+    """r(x, y) by the reward model that was trained on all folds and used for nothing else."""
+    return _policy_form_scores(context, "evaluator", rows, answers)
+
+
+def _policy_form_scores(context, stage, rows, answers) -> dict[str, np.ndarray]:
+    """Scores r(x, y) of R_P or the evaluator; one group per prompt, one column per kind of answer."""
+    e, names = context.encoder, list(answers)
+    prompts = [e.policy_prompt(r.prompt) for r in rows]
+    groups = [[prompts[i] + _with_eos(context, answers[n][i]) for n in names] for i in range(len(rows))]
+    scores = pit.score_groups(pit.model_of(context, stage), pit.load_model(context, stage), groups, batch_size=32)
+    return {name: scores[:, j] for j, name in enumerate(names)}
+
+
+def _answer_statistics(context, rows, answers, judges) -> dict[str, dict]:
+    """Length, copy rate and the verifier's score of each kind of answer."""
+    statistics = {}
+    for name, ys in answers.items():
+        copies = [y == original for y, original in zip(ys, answers["original"], strict=True)]
+        statistics[name] = {
+            "tokens": float(np.mean([len(y) for y in ys])),
+            "copy_rate": float(np.mean(copies)) if name != "original" else None,
+            "ended": float(np.mean([len(y) < context.config.data.response_window for y in ys])),
+        }
+        if "verifier" in judges:
+            scores = judges["verifier"][name]
+            statistics[name] |= {"share_met": float(np.mean(scores)), "all_met": float(np.mean(scores == 1.0))}
+    return statistics
+
+
+def _reward_models(context, rows, answers) -> dict[str, dict]:
+    """Table 4's accuracies, Figure 2's distributions and the diagnostics of the gap model."""
+    e = context.encoder
+    names = ("r_pit", "r_p", "evaluator")
+    models = {name: (pit.model_of(context, name), pit.load_model(context, name)) for name in names}
+    report: dict[str, dict] = {name: {} for name in names}
+
+    gaps = pit.score_groups(*models["r_pit"], pit.gap_groups(e, rows))
+    report["r_pit"] |= agreement.accuracy(gaps[:, 0], gaps[:, 3]) | agreement.gap_diagnostics(*gaps.T)
+    # Shortcut probe: the same y_1 against the ref_response of another prompt.
+    other = rows[1:] + rows[:1]
+    gap = lambda x, y1, y2: e.pit_prompt(x, y2) + e.response(y1)  # noqa: E731
+    moved = [
+        [gap(r.prompt, r.chosen, o.rejected), gap(r.prompt, r.rejected, o.chosen)]
+        for r, o in zip(rows, other, strict=True)
+    ]
+    shuffled = pit.score_groups(*models["r_pit"], moved)
+    report["r_pit"]["shortcut_probe"] = agreement.shortcut_probe(gaps[:, 0], gaps[:, 3], shuffled[:, 0], shuffled[:, 1])
+    for name in ("r_p", "evaluator"):
+        scores = pit.score_groups(*models[name], pit.policy_groups(e, rows))
+        report[name] |= agreement.accuracy(scores[:, 0], scores[:, 1])
+
+    if rows[0].requirements:
+        for prefix, stage in (("policy", "rl_policy"), ("sft_policy", "sft_policy")):
+            pairs = _own_pairs(context, rows, stage)
+            for name, margins in _own_pair_margins(context, models, rows, pairs).items():
+                own = agreement.pair_accuracy_excluding_ties(margins, pairs["margin"])
+                report[name] |= {f"{prefix}_{k}": v for k, v in own.items()}
+    return report
+
+
+def _own_pairs(context, rows, stage) -> dict:
+    """Pairs of a policy's own samples for the same prompt, with the verifier's margin (first minus second)."""
+    config, e = context.config, context.encoder
+    n = config.evaluation.num_pairs
+    settings = SamplingConfig(config.data.response_window, config.evaluation.temperature)
+    prompts = [e.policy_prompt(r.prompt) for r in rows for _ in range(2 * n)]
+    samples = pit.sample(
+        pit.model_of(context, stage), pit.load_model(context, stage), prompts,
+        pit.key_of(config, f"evaluate/own/{stage}"), window=e.policy_window, settings=settings, eos_id=e.tokenizer.eos_id, batch_size=config.evaluation.batch_size,
+    )  # fmt: skip
+    first, second, index = samples[0::2], samples[1::2], [i for i in range(len(rows)) for _ in range(n)]
+    share = lambda i, y: verifier.share_met(rows[i].requirements, e.text(y))  # noqa: E731
+    margin = np.asarray([share(i, a) - share(i, b) for i, a, b in zip(index, first, second, strict=True)])
+    keep = np.flatnonzero(margin)
+    return {
+        "index": [index[i] for i in keep],
+        "first": [first[i] for i in keep],
+        "second": [second[i] for i in keep],
+        "margin": margin[keep],
+    }
+
+
+def _own_pair_margins(context, models, rows, pairs) -> dict[str, np.ndarray]:
+    """Each reward model's margin on the pairs: r_gap(x, a, b) - r_gap(x, b, a), or r(x, a) - r(x, b)."""
+    e = context.encoder
+    triples = list(zip(pairs["index"], pairs["first"], pairs["second"], strict=True))
+    improved = lambda i, y1, y2: e.pit_prompt(rows[i].prompt, y2) + _with_eos(context, y1)  # noqa: E731
+    gap = [[improved(i, a, b), improved(i, b, a)] for i, a, b in triples]
+    single = [[e.policy_prompt(rows[i].prompt) + _with_eos(context, y) for y in (a, b)] for i, a, b in triples]
+    margins = {}
+    for name, model in models.items():
+        scores = pit.score_groups(*model, gap if name == "r_pit" else single)
+        margins[name] = scores[:, 0] - scores[:, 1] if len(scores) else np.zeros(0)
+    return margins
+
+
+def _stage_records(context) -> dict[str, dict]:
+    """What each finished stage measured."""
+    names = pit.stage_names(context.config)
+    return {name: record for name in names if (record := context.workdir.done(name)) is not None}
+
+
+def _write_samples(context, rows, answers, judges) -> None:
+    """One JSON line per test prompt: all answers and what each judge says of them."""
+    path = context.workdir.root / "samples" / "test.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = context.encoder.text
+    lines = []
+    for i, row in enumerate(rows):
+        line = {
+            "prompt": row.prompt,
+            "requirements": [[r.kind, r.value] for r in row.requirements],
+            "answers": {name: text(ys[i]) for name, ys in answers.items()},
+            "scores": {judge: {n: float(s[i]) for n, s in scores.items()} for judge, scores in judges.items()},
+        }
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    write_text_atomic(path, "".join(lines))
+
+
+def _print_samples(context, rows, answers) -> None:
+    """A few improved answers as they are, from evenly spaced prompts."""
+    n = min(context.config.evaluation.show_samples, len(rows))
+    for i in range(0, len(rows), max(1, len(rows) // max(n, 1)))[:n]:
+        print(f"  prompt:   {rows[i].prompt}")
+        for label, name in (("original", "original"), ("improved", "pit")):
+            text = context.encoder.text(answers[name][i])
+            met = ""
+            if rows[i].requirements:
+                checks = verifier.verify(rows[i].requirements, text)
+                met = f"  [{sum(checks)} of {len(checks)} met]"
+            print(f"  {label}: {text!r}{met}")
+        print(flush=True)

@@ -1,0 +1,96 @@
+"""The one training loop: every learner is a `train_step(state, batch) -> (state, metrics)`; PPO's is an iteration."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pit_jax import checkpoint, metrics
+from pit_jax.types import Metrics
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient is NaN or infinite."""
+
+
+def run(
+    state: Any,
+    *,
+    stage: str,
+    num_steps: int,
+    batch_at: Callable[[int], Any],
+    train_step: Callable[[Any, Any], tuple[Any, Metrics]],
+    directory: Path,
+    writer: metrics.MetricsWriter,
+    save_every: int,
+    evaluate: Callable[[Any, int], None] | None = None,
+    eval_every: int = 0,
+) -> Any:
+    """Trains from the newest checkpoint in `directory` (or from `state`) to `num_steps`.
+
+    Everything a step does is a function of (state, step), so a run that was killed at any point and started again gives
+    bitwise the state of one that was not.
+
+    Args:
+      state: the state at step 0; also says the shapes and shardings of what is restored. It is donated.
+      stage: name in metrics and messages.
+      num_steps: steps in all.
+      batch_at: step -> batch, a pure function.
+      train_step: jitted, donates the state.
+      directory: of this stage's checkpoints.
+      writer: of metrics.
+      save_every: steps between checkpoints; the last step is always saved.
+      evaluate: called with (state, step) at step 0 and every `eval_every` steps, before the checkpoint of that step.
+      eval_every: 0: only at step 0 and at the end.
+
+    Returns:
+      The state at `num_steps`.
+
+    Raises:
+      NonFiniteError: at the first step whose metrics are not finite; the checkpoint before it stays.
+    """
+    restored = checkpoint.restore_latest(directory, state)
+    start = 0
+    if restored is not None:
+        start, state = restored
+        writer.truncate(stage, start)
+    elif evaluate:
+        writer.truncate(stage, 0)
+        evaluate(state, 0)
+
+    pending: tuple[int, Metrics] | None = None
+    clock = time.perf_counter()
+
+    def flush():
+        # Metrics of step n - 1 are fetched after step n was dispatched, so that the device does not wait for the host.
+        nonlocal pending, clock
+        if pending is None:
+            return
+        step, values = pending[0], metrics.reduce(pending[1])
+        pending = None
+        bad = metrics.nonfinite(values)
+        if bad:
+            last = checkpoint.latest_step(directory)
+            kept = "nothing was saved yet" if last is None else f"the checkpoint of step {last} in {directory} is kept"
+            raise NonFiniteError(
+                f"stage {stage}: {', '.join(bad)} not finite at step {step}; {kept}. Lower the learning rate of this "
+                "stage or look at the rows of that step."
+            )
+        now = time.perf_counter()
+        writer.write(stage, step, values | {"seconds": now - clock})
+        clock = now
+        bar.update(1, values)
+
+    with metrics.progress(num_steps, start, stage) as bar:
+        for step in range(start, num_steps):
+            state, values = train_step(state, batch_at(step))
+            flush()
+            pending = (step + 1, values)
+            last = step + 1 == num_steps
+            evaluate_now = evaluate and (last or (eval_every and (step + 1) % eval_every == 0))
+            if evaluate_now or last or (step + 1) % save_every == 0:
+                flush()
+                if evaluate_now:
+                    evaluate(state, step + 1)
+                checkpoint.save(directory, step + 1, state, keep=2)
+    return state

@@ -1,0 +1,54 @@
+"""Reward models: R_P by Bradley-Terry, R_PIT by the five terms of Equation 2 (PIT section 3.3)."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from pit_jax.losses import preference
+from pit_jax.models.transformer import ScalarModel
+from pit_jax.train_state import TrainState, apply_gradients, gradients
+from pit_jax.types import Array, Metrics, Params, ScoreBatch
+
+
+def last_token(values: Array, segments: Array, positions: Array) -> Array:
+    """values [B, T] at the last real token of each row -> [B]; rows may be padded on either side."""
+    length = jnp.sum((segments > 0).astype(jnp.int32), axis=1, keepdims=True)
+    last = (segments > 0) & (positions == length - 1)
+    return jnp.sum(jnp.where(last, values, 0.0), axis=1)
+
+
+def group_scores(model: ScalarModel, params: Params, batch: ScoreBatch) -> Array:
+    """Scores [B, C] of groups of right-padded rows, in one forward pass of B * C rows."""
+    B, C, T = batch.tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B * C, T))
+    tokens, lengths = batch.tokens.reshape(B * C, T), batch.lengths.reshape(B * C)
+    segments = (positions < lengths[:, None]).astype(jnp.int32)
+    values = model.apply(params, tokens, segments, positions)
+    return last_token(values, segments, positions).reshape(B, C)
+
+
+def preference_loss(scores: Array, loss: str) -> tuple[Array, Metrics]:
+    """Per-row loss of scores [B, 2] (R_P) or [B, 4] (R_PIT, order of `GAP_PAIRINGS`) by the name of the config."""
+    if scores.shape[1] == 2:
+        return preference.bradley_terry(scores[:, 0], scores[:, 1])
+    if loss == "mse":
+        return preference.gap_mse(scores)
+    return preference.gap_loss(scores, diagonal=loss == "gap")
+
+
+def make_train_step(
+    model: ScalarModel, optimizer: optax.GradientTransformation, *, loss: str, accumulation: int = 1
+) -> Callable[[TrainState, ScoreBatch], tuple[TrainState, Metrics]]:
+    """The jitted step; the state is donated."""
+
+    def summed(params, batch):
+        per_row, metrics = preference_loss(group_scores(model, params, batch), loss)
+        return (jnp.sum(per_row), jnp.float32(per_row.shape[0])), metrics
+
+    def train_step(state: TrainState, batch: ScoreBatch):
+        grads, metrics = gradients(summed, state.params, batch, accumulation)
+        return apply_gradients(state, grads, optimizer), metrics
+
+    return jax.jit(train_step, donate_argnums=0)

@@ -1,0 +1,1 @@
+"""Pure functions of arrays: log-probabilities, likelihood, preference and policy-gradient losses."""

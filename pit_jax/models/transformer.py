@@ -1,0 +1,254 @@
+"""The decoder: RMSNorm, rotary positions, grouped-query attention, gated MLP; scanned over layers.
+
+Flax Linen is used thinly: a module is a pure `apply(params, ...)`, and policy, reference, value and reward models are
+the same stateless modules with different parameter trees. Weights are stored with `AxisRules` specs and gathered over
+the FSDP axis just before use (`_weight`), which on a mesh with one device is free.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from pit_jax.config import ModelConfig
+from pit_jax.sharding import RULES, AxisRules
+from pit_jax.types import Array
+
+
+class KVCache(NamedTuple):
+    """Keys and values of all layers, carried through the layer scan and updated in place.
+
+    Attributes:
+      k, v: [L, B, S, K, H].
+      segments: [B, S] int32, 0 where nothing valid is stored.
+      index: [] int32, the slot that the next token is written to (the same for all rows: prompts are left-padded).
+    """
+
+    k: Array
+    v: Array
+    segments: Array
+    index: Array
+
+
+def init_cache(config: ModelConfig, batch_size: int, length: int, rules: AxisRules = RULES) -> KVCache:
+    """An empty cache for `length` slots."""
+    shape = (config.num_layers, batch_size, length, config.num_kv_heads, config.head_dim)
+    spec = rules.spec(None, "batch", None, "heads", None)
+    zeros = jnp.zeros(shape, config.dtype, out_sharding=spec)
+    segments = jnp.zeros((batch_size, length), jnp.int32, out_sharding=rules.spec("batch", None))
+    return KVCache(zeros, jnp.zeros(shape, config.dtype, out_sharding=spec), segments, jnp.int32(0))
+
+
+def rotary(x: Array, positions: Array, theta: float) -> Array:
+    """Rotary position embedding (Su et al. 2021), halves convention. x: [B, T, ..., H], positions: [B, T]."""
+    half = x.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions.astype(jnp.float32)[..., None] * frequency
+    angle = angle.reshape(angle.shape[:2] + (1,) * (x.ndim - 3) + (half,))
+    cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
+    x1, x2 = x[..., :half], x[..., half:]
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)
+
+
+def project(x: Array, weight: Array, spec: jax.P) -> Array:
+    """x [B, T, ...] times weight [..., ...]: contracts all of x behind T with as many leading axes of the weight.
+
+    One product of two matrices: on CPU the gradient of the einsum over (B, T) costs twice as much.
+
+    Args:
+      x: activations, contracted over everything behind [B, T].
+      weight: its leading axes are those of x behind [B, T].
+      spec: layout of the result.
+    """
+    B, T = x.shape[:2]
+    inner = x.ndim - 2
+    of_x, of_weight = jax.typeof(x).sharding.spec, jax.typeof(weight).sharding.spec
+    rows = jnp.reshape(x, (B * T, -1), out_sharding=jax.P(of_x[0], of_x[2]))
+    columns = jnp.reshape(weight, (rows.shape[1], -1), out_sharding=jax.P(of_weight[0], of_weight[inner]))
+    out = jnp.dot(rows, columns, out_sharding=jax.P(spec[0], spec[2]))
+    return jnp.reshape(out, (B, T, *weight.shape[inner:]), out_sharding=spec)
+
+
+def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """Grouped-query attention. q: [B, T, K, G, H]; k, v: [B, S, K, H]; mask: [B, T, S]. Returns [B, T, K, G, H]."""
+    B, T, K, G, H = q.shape
+    # The queries of a group are rows of one product with their shared keys: [B, K, G * T, H] x [B, K, H, S].
+    q = (q * H**-0.5).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
+    scores = jnp.einsum("bkqh,bskh->bkqs", q, k, preferred_element_type=jnp.float32).reshape(B, K, G, T, -1)
+    scores = jnp.where(mask[:, None, None], scores, -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, K, G * T, -1)
+    out = jnp.einsum("bkqs,bskh->bkqh", weights, v).reshape(B, K, G, T, H)
+    return out.transpose(0, 3, 1, 2, 4)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalisation (Zhang and Sennrich 2019), in float32."""
+
+    epsilon: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return (x * scale).astype(self.dtype)
+
+
+class Block(nn.Module):
+    """One layer. The carry is (x [B, T, D], keys and values of all layers or None, layer number)."""
+
+    config: ModelConfig
+    rules: AxisRules
+
+    def _weight(self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], fan_in: int, scale: float = 1.0):
+        """A weight stored in its FSDP layout, gathered for use."""
+        init = _normal(scale * fan_in**-0.5, self.rules.spec(*axes))
+        weight = self.param(name, init, shape, jnp.float32)
+        gathered = dataclasses.replace(self.rules, embed=None).spec(*axes)
+        return jax.sharding.reshard(weight.astype(self.config.dtype), gathered)
+
+    @nn.compact
+    def __call__(self, carry, positions: Array, mask: Array):
+        x, cache, layer = carry
+        c, rules = self.config, self.rules
+        D, F, K, H = c.d_model, c.mlp_dim, c.num_kv_heads, c.head_dim
+        G = c.num_heads // K
+        out_scale = (2 * c.num_layers) ** -0.5
+
+        with jax.named_scope("attention"):
+            y = RMSNorm(c.norm_epsilon, c.dtype, name="attention_norm")(x)
+            heads = rules.spec("batch", None, "heads", None)
+            q = self._weight("q", (D, K, G, H), ("embed", "heads", None, None), D)
+            q = project(y, q, rules.spec("batch", None, "heads", None, None))
+            k = project(y, self._weight("k", (D, K, H), ("embed", "heads", None), D), heads)
+            v = project(y, self._weight("v", (D, K, H), ("embed", "heads", None), D), heads)
+            q, k = rotary(q, positions, c.rope_theta), rotary(k, positions, c.rope_theta)
+            if cache is not None:
+                cache, k, v = _update_cache(cache, layer, k, v)
+            y = attention(q, k, v, mask)
+            o = self._weight("o", (K, G, H, D), ("heads", None, None, "embed"), c.num_heads * H, out_scale)
+            x = x + project(y, o, rules.spec("batch", None, None))
+        with jax.named_scope("mlp"):
+            y = RMSNorm(c.norm_epsilon, c.dtype, name="mlp_norm")(x)
+            wide = rules.spec("batch", None, "mlp")
+            gate = project(y, self._weight("gate", (D, F), ("embed", "mlp"), D), wide)
+            up = project(y, self._weight("up", (D, F), ("embed", "mlp"), D), wide)
+            down = self._weight("down", (F, D), ("mlp", "embed"), F, out_scale)
+            x = x + project(nn.silu(gate) * up, down, rules.spec("batch", None, None))
+        return (x, cache, layer + 1), None
+
+
+def _normal(stddev: float, spec: jax.P):
+    """Normal initializer whose array is born with `spec`, never whole on one device."""
+
+    def init(key, shape, dtype):
+        return stddev * jax.random.normal(key, shape, dtype, out_sharding=spec)
+
+    return init
+
+
+def _update_cache(cache: KVCache, layer: Array, k: Array, v: Array):
+    """Writes k, v [B, T, K, H] at (layer, index) and returns the cache with this layer's [B, S, K, H] keys, values."""
+    start = (layer, 0, cache.index, 0, 0)
+    keys = jax.lax.dynamic_update_slice(cache.k, k[None], start)
+    values = jax.lax.dynamic_update_slice(cache.v, v[None], start)
+    one = lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)  # noqa: E731
+    return cache._replace(k=keys, v=values), one(keys), one(values)
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model.
+
+    Attributes:
+      config: sizes.
+      rules: layout of parameters and activations.
+      with_unembed: False where only hidden states are read and no untied unembedding should exist.
+    """
+
+    config: ModelConfig
+    rules: AxisRules = RULES
+    with_unembed: bool = True
+
+    def setup(self):
+        c = self.config
+        # Token rows of the embedding have unit scale after the multiplication in `__call__`.
+        init = _normal(c.d_model**-0.5, self.rules.spec("vocab", "embed"))
+        self.embedding = self.param("embedding", init, (c.vocab_size, c.d_model), jnp.float32)
+        if self.with_unembed and not c.tie_embeddings:
+            self.unembedding = self.param("unembedding", init, (c.vocab_size, c.d_model), jnp.float32)
+        block = Block
+        if c.remat != "none":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if c.remat == "dots" else None
+            block = nn.remat(Block, prevent_cse=False, policy=policy)
+        self.layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=c.num_layers,
+        )(c, self.rules)
+        self.norm = RMSNorm(c.norm_epsilon, c.dtype)
+
+    def __call__(self, tokens: Array, segments: Array, positions: Array, cache: KVCache | None = None):
+        """Hidden states before the unembedding.
+
+        Args:
+          tokens: [B, T] int32.
+          segments: [B, T] int32; positions attend within their own segment only, 0 is padding.
+          positions: [B, T] int32, for the rotary embedding.
+          cache: keys and values of earlier tokens; T new ones are written at `cache.index`.
+
+        Returns:
+          (hidden [B, T, D], the cache with the new tokens, or None).
+        """
+        T = tokens.shape[1]
+        if cache is None:
+            query_slot, key_segments = jnp.arange(T), segments
+        else:
+            key_segments = jax.lax.dynamic_update_slice(cache.segments, segments, (0, cache.index))
+            query_slot = cache.index + jnp.arange(T)
+            cache = cache._replace(segments=key_segments)
+        causal = query_slot[:, None] >= jnp.arange(key_segments.shape[1])[None, :]
+        mask = causal & (segments[:, :, None] == key_segments[:, None, :]) & (key_segments[:, None, :] > 0)
+
+        # The whole table is gathered for the look-up: rows of a table that is sharded over the vocabulary cannot be
+        # picked by index without either this or a one-hot product over V.
+        table = jax.sharding.reshard(self.embedding.astype(self.config.dtype), jax.P(None, None))
+        x = table.at[tokens].get(out_sharding=self.rules.spec("batch", None, None))
+        x = x * self.config.d_model**0.5
+        (x, cache, _), _ = self.layers((x, cache, jnp.int32(0)), positions, mask)
+        if cache is not None:
+            cache = cache._replace(index=cache.index + T)
+        return self.norm(x), cache
+
+    def logits(self, hidden: Array) -> Array:
+        """[..., D] -> float32 [..., V]."""
+        table = self.embedding if self.config.tie_embeddings else self.unembedding
+        spec = dataclasses.replace(self.rules, embed=None).spec("vocab", "embed")
+        table = jax.sharding.reshard(table.astype(self.config.dtype), spec)
+        return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+
+    def full_logits(self, tokens: Array, segments: Array, positions: Array) -> Array:
+        """[B, T, V]: for tests and for initialisation; training goes through chunks (losses.log_probs)."""
+        return self.logits(self(tokens, segments, positions)[0])
+
+
+class ScalarModel(nn.Module):
+    """A decoder with one number per token: a value model as it is, a reward model where the last token is read."""
+
+    config: ModelConfig
+    rules: AxisRules = RULES
+
+    def setup(self):
+        self.backbone = Transformer(self.config, self.rules, with_unembed=False)
+        init = _normal(self.config.d_model**-0.5, jax.P(None))
+        self.head = self.param("head", init, (self.config.d_model,), jnp.float32)
+        self.bias = self.param("bias", nn.initializers.zeros, (), jnp.float32)
+
+    def __call__(self, tokens: Array, segments: Array, positions: Array) -> Array:
+        """[B, T] float32."""
+        hidden, _ = self.backbone(tokens, segments, positions)
+        return jnp.einsum("btd,d->bt", hidden.astype(jnp.float32), self.head) + self.bias

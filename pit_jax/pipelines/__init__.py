@@ -1,0 +1,1 @@
+"""The systems: which stages they have, what each reads and leaves behind."""

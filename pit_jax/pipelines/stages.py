@@ -1,0 +1,161 @@
+"""A workdir: what is done, what is next, and where everything lies.
+
+config.json                 the resolved config
+data/                       rows, tokenizer
+checkpoints/STAGE/          states of a stage that is running or done
+candidates/STAGE/           parameters among which a stage chooses
+models/STAGE/               the parameters that a stage leaves behind
+stages/STAGE.json           written last: the stage is done, and what it measured
+metrics.jsonl, tensorboard/ training metrics
+samples/                    what the models write
+results.json                every number of the tables
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pit_jax import checkpoint, config as config_lib
+from pit_jax.files import write_json_atomic
+from pit_jax.types import Params
+
+FREE_FIELDS = ("arms", "profile")
+"""Top-level fields that may change on a workdir: they add something and alter nothing that was trained."""
+
+
+class Workdir:
+    """Paths and done-markers of a run."""
+
+    def __init__(self, root: str | Path, config: Any):
+        """Opens or creates a workdir.
+
+        Raises:
+          ValueError: where it was made with another config; the fields that differ are named.
+        """
+        self.root = Path(root)
+        path = self.root / "config.json"
+        ours = json.loads(config_lib.to_json(config))
+        if path.exists():
+            theirs = json.loads(path.read_text(encoding="utf-8"))
+            same = lambda c: {k: v for k, v in c.items() if k not in FREE_FIELDS}  # noqa: E731
+            lines = config_lib.differing_fields(same(ours), same(theirs))
+            if lines:
+                raise ValueError(
+                    f"workdir {self.root} was made with another config:\n  "
+                    + "\n  ".join(lines)
+                    + "\nUse another --workdir, or set these fields back."
+                )
+        elif self.root.exists() and any(self.root.iterdir()):
+            raise ValueError(f"workdir {self.root} is not empty and has no config.json: use another --workdir")
+        self.root.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(path, ours)
+
+    def checkpoints(self, stage: str) -> Path:
+        """Folder of a stage's training states."""
+        return self.root / "checkpoints" / stage
+
+    def candidates(self, stage: str) -> Path:
+        """Folder of the parameters among which a stage chooses."""
+        return self.root / "candidates" / stage
+
+    def done(self, stage: str) -> dict | None:
+        """What a finished stage has measured, or None."""
+        path = self.root / "stages" / f"{stage}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def finish(self, stage: str, record: dict) -> None:
+        """Marks a stage as done."""
+        write_json_atomic(self.root / "stages" / f"{stage}.json", record)
+
+    def save_model(self, stage: str, params: Params) -> None:
+        """Leaves the parameters of a stage behind."""
+        checkpoint.save(self.root / "models" / stage, 0, params, keep=1)
+
+    def load_model(self, stage: str, like: Params) -> Params:
+        """Parameters of a finished stage, in the shapes and shardings of `like`."""
+        return checkpoint.restore(self.root / "models" / stage, 0, like)
+
+
+class Candidates:
+    """Parameters saved during a stage, one of which is chosen at its end.
+
+    The list of what was measured is a file that is written after the parameters, so a stage that is killed goes on
+    with the candidates up to its checkpoint.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self._path = directory / "candidates.json"
+
+    def all(self) -> dict[int, dict]:
+        """Step -> what was measured there."""
+        if not self._path.exists():
+            return {}
+        return {int(step): m for step, m in json.loads(self._path.read_text(encoding="utf-8")).items()}
+
+    def add(self, step: int, params: Params, measured: dict) -> None:
+        """Saves a candidate; one of the same or a later step (left by a killed run) is replaced."""
+        earlier = {s: m for s, m in self.all().items() if s < step}
+        for stale in checkpoint.all_steps(self.directory):
+            if stale >= step:
+                shutil.rmtree(self.directory / str(stale))
+        checkpoint.save(self.directory, step, params, keep=None)
+        write_json_atomic(self._path, {str(s): m for s, m in (earlier | {step: measured}).items()})
+
+    def clear(self) -> None:
+        """Deletes the parameters, once one was chosen."""
+        shutil.rmtree(self.directory)
+
+    def load(self, step: int, like: Params) -> Params:
+        """The parameters of a candidate."""
+        return checkpoint.restore(self.directory, step, like)
+
+
+def choose_by_kl_bin(measured: dict[int, dict], num_bins: int) -> tuple[int, list[dict]]:
+    """Appendix F: group checkpoints by their KL to the SFT model, keep the best validation score of each group.
+
+    The paper then picks among the groups' winners by reading 10 to 20 of their answers. Here the winner with the
+    highest validation score is taken, and all winners are returned so that a reader can take another.
+
+    Args:
+      measured: step -> {"kl", "score", ...} on the selection rows.
+      num_bins: groups of equal width between the lowest and the highest KL.
+
+    Returns:
+      (chosen step, one {"step", "kl", "score", "low", "high"} per non-empty bin).
+    """
+    low = min(m["kl"] for m in measured.values())
+    width = (max(m["kl"] for m in measured.values()) - low) / num_bins
+    bins: dict[int, int] = {}
+    for step, m in sorted(measured.items()):
+        i = min(int((m["kl"] - low) / width), num_bins - 1) if width > 0 else 0
+        if i not in bins or m["score"] > measured[bins[i]]["score"]:
+            bins[i] = step
+    winners = [
+        {"step": step, "low": low + i * width, "high": low + (i + 1) * width, **measured[step]}
+        for i, step in sorted(bins.items())
+    ]
+    return max(winners, key=lambda w: w["score"])["step"], winners
+
+
+def run_stage(workdir: Workdir, stage: str, function: Callable[[], dict]) -> dict:
+    """Runs a stage unless it is done; records its seconds (over all starts) and what it returns."""
+    record = workdir.done(stage)
+    if record is not None:
+        print(f"{stage}: done", flush=True)
+        return record
+    print(f"{stage}:", flush=True)
+    clock_path = workdir.root / "stages" / f"{stage}.seconds.json"
+    before = json.loads(clock_path.read_text()) if clock_path.exists() else 0.0
+    started = time.perf_counter()
+    try:
+        record = function()
+    finally:
+        write_json_atomic(clock_path, before + time.perf_counter() - started)
+    record = {**record, "seconds": before + time.perf_counter() - started}
+    workdir.finish(stage, record)
+    clock_path.unlink()
+    return record

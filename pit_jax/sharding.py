@@ -1,0 +1,92 @@
+"""Where arrays live: one dataclass from logical axes to mesh axes, and the mesh itself.
+
+The mesh is always explicit (`jax.sharding.AxisType.Explicit`): the sharding of an array is part of its type, so that a
+batch or an FSDP axis that would be lost is an error while tracing, on a 1 x 1 mesh on a laptop as on a pod.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+P = jax.P
+
+
+@dataclasses.dataclass(frozen=True)
+class AxisRules:
+    """Logical axis -> mesh axis (or None: replicated).
+
+    Attributes:
+      batch: rows of a batch.
+      embed: the model width of stored weights: FSDP. Weights are gathered over it just before use.
+      heads: key/value head groups (and the query heads that belong to them).
+      mlp: MLP width.
+      vocab: vocabulary of the unembedding and of logits.
+    """
+
+    batch: str | None = "data"
+    embed: str | None = "data"
+    heads: str | None = "model"
+    mlp: str | None = "model"
+    vocab: str | None = "model"
+
+    def spec(self, *axes: str | None) -> jax.P:
+        """`spec("batch", None, "heads")` -> the PartitionSpec of an array with these logical axes."""
+        return P(*(None if axis is None else getattr(self, axis) for axis in axes))
+
+
+RULES = AxisRules()
+DECODE_RULES = dataclasses.replace(RULES, embed=None)
+"""Weights gathered once per rollout instead of once per decoded token."""
+
+
+def make_mesh(data: int = 0, model: int = 1, devices=None) -> jax.sharding.Mesh:
+    """An explicit `data` x `model` mesh.
+
+    Args:
+      data: size of the data axis; 0 takes all devices that `model` leaves.
+      model: size of the tensor-parallel axis.
+      devices: devices to use; all by default.
+
+    Raises:
+      ValueError: where the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    data = data or len(devices) // model
+    if data * model != len(devices):
+        raise ValueError(
+            f"mesh.data={data} x mesh.model={model} needs {data * model} devices, but there are {len(devices)}: "
+            "set config.mesh.data=0 (all that are left) or axes whose product is the number of devices."
+        )
+    axis_types = (jax.sharding.AxisType.Explicit,) * 2
+    return jax.sharding.Mesh(np.asarray(devices).reshape(data, model), ("data", "model"), axis_types=axis_types)
+
+
+def mesh_shape() -> dict[str, int]:
+    """Axis sizes of the mesh that is set."""
+    return dict(jax.sharding.get_abstract_mesh().shape)
+
+
+def shard_batch(batch, rules: AxisRules = RULES):
+    """Puts host arrays on the mesh with their first axis along `batch`."""
+    return jax.tree.map(lambda x: jax.device_put(np.asarray(x), rules.spec("batch", *[None] * (np.ndim(x) - 1))), batch)
+
+
+def replicate(tree):
+    """Puts host values on the mesh, whole on every device."""
+    return jax.tree.map(lambda x: jax.device_put(x, P(*[None] * np.ndim(x))), tree)
+
+
+def gather_weights(params, rules: AxisRules = RULES):
+    """Parameters in the layout of DECODE_RULES: gathered over FSDP once per rollout, not once per token."""
+
+    def gather(x):
+        names = (None if name == rules.embed else name for name in jax.typeof(x).sharding.spec)
+        return jax.sharding.reshard(x, P(*names))
+
+    return jax.tree.map(gather, params)
+
+
+def take_rows(tree, rows, rules: AxisRules = RULES):
+    """Rows of every array of a batch, in a new order, laid along `batch`."""
+    return jax.tree.map(lambda x: x.at[rows].get(out_sharding=rules.spec("batch", *[None] * (x.ndim - 1))), tree)

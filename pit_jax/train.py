@@ -1,0 +1,57 @@
+"""Trains a system: `python -m pit_jax.train --config=configs/pit_synthetic.py --workdir=runs/demo`.
+
+A second start with the same --workdir goes on where the first stopped, or shows the tables again. `--stage=NAME` runs
+one stage, `--config.ppo.kl_coef=0.02` changes a number, `--config=configs/pit_synthetic.py:smoke` takes a variant.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from pit_jax import config as config_lib
+from pit_jax.data.sources import DataError
+from pit_jax.evaluation import pit as pit_evaluation
+from pit_jax.learners.loop import NonFiniteError
+from pit_jax.pipelines import pit
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :VARIANT where it has some.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that the run leaves behind.")
+_STAGE = flags.DEFINE_string("stage", None, "Run this stage only; the ones before it must be done.")
+
+
+def main(argv: list[str]) -> None:
+    """Runs the config; a user's mistake ends in one line on stderr and status 2."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments {argv[1:]}; fields are set as --config.FIELD=VALUE")
+    workdir = Path(_WORKDIR.value)
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(workdir.absolute() / "compilation_cache")
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    try:
+        config = config_lib.from_config_dict(config_lib.PitConfig, _CONFIG.value)
+        finished = workdir.joinpath("stages", "evaluate.json").exists()
+        pit.run(config, workdir, pit_evaluation.evaluate, _STAGE.value)
+    except (DataError, NonFiniteError, ValueError) as error:
+        if flags.FLAGS["v"].value > 0:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    tables = workdir / "tables.txt"
+    if tables.exists() and _STAGE.value in (None, "evaluate"):
+        print(("All stages were done before.\n" if finished else "") + "\n" + tables.read_text(encoding="utf-8"))
+        print(f"Everything is in {workdir}: results.json, metrics.jsonl, samples/, models/.")
+
+
+def run() -> None:
+    """Entry point."""
+    logging.set_verbosity(logging.WARNING)
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,386 @@
+"""Reading preference rows, and dividing them."""
+
+import gzip
+import json
+import lzma
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from pit_jax.data import sources
+from pit_jax.data.sources import DataError
+from pit_jax.types import PreferenceExample, Requirement
+
+DATA = pathlib.Path(os.environ.get("PIT_JAX_DATA", pathlib.Path(__file__).parents[1] / ".." / "shared" / "data"))
+ROW = {"prompt": "p", "chosen": "good", "rejected": "bad"}
+
+
+def write(path: pathlib.Path, *rows) -> pathlib.Path:
+    """A file of rows (objects, or bytes as they are), compressed by its suffix."""
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() + b"\n" for row in rows]
+    data = b"".join(lines)
+    if path.suffix == ".gz":
+        data = gzip.compress(data)
+    elif path.suffix == ".xz":
+        data = lzma.compress(data)
+    path.write_bytes(data)
+    return path
+
+
+def row(i: int, **fields) -> dict:
+    return {"prompt": f"p{i}", "chosen": f"w{i}", "rejected": f"l{i}"} | fields
+
+
+def error_of(reader, *arguments, **keywords) -> str:
+    with pytest.raises(DataError) as error:
+        reader(*arguments, **keywords)
+    return str(error.value)
+
+
+def test_jsonl_fields(tmp_path):
+    requirements = [{"kind": "contains", "value": "gold"}, {"kind": "no_commas"}]
+    full = ROW | {"reflection": "add gold", "requirements": requirements, "id": 7}
+    rows, counts = sources.read_jsonl(write(tmp_path / "a.jsonl", ROW, full))
+    assert counts == {}
+    assert rows[0] == PreferenceExample(prompt="p", rejected="bad", chosen="good")
+    expected = (Requirement("contains", "gold"), Requirement("no_commas", ""))
+    assert rows[1] == PreferenceExample("p", "bad", "good", "add gold", expected)
+
+
+def test_jsonl_keeps_texts_as_they_are(tmp_path):
+    text = " a\u2028b\x85c\r\n"  # line ends of Unicode inside a string are not line ends of the file
+    raw = json.dumps(ROW | {"chosen": text}, ensure_ascii=False).encode() + b"\n"
+    rows, _ = sources.read_jsonl(write(tmp_path / "a.jsonl", raw, ROW))
+    assert [r.chosen for r in rows] == [text, "good"]
+
+
+def test_bom_crlf_and_blank_lines(tmp_path):
+    line = json.dumps(ROW).encode()
+    path = write(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + line + b"\r\n\r\n  \n" + line)  # no line feed at the end
+    assert sources.read(path) == ([PreferenceExample("p", "bad", "good")] * 2, {})
+    # Lines are counted as an editor counts them.
+    path = write(tmp_path / "b.jsonl", b"\xef\xbb\xbf" + line + b"\r\n\r\n  \n", b"{\r\n")
+    assert "b.jsonl, line 4: not JSON" in error_of(sources.read, path)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".xz", ".GZ"])
+def test_compressed_files(tmp_path, suffix):
+    path = write(tmp_path / f"a.jsonl{suffix.lower()}", row(0), row(1)).rename(tmp_path / f"b.jsonl{suffix}")
+    assert [r.prompt for r in sources.read(path)[0]] == ["p0", "p1"]
+
+
+def test_folder_reads_all_files_in_order(tmp_path):
+    write(tmp_path / "b.jsonl.gz", row(2))
+    write(tmp_path / "c.jsonl", row(3), row(4, rejected="w4"))
+    write(tmp_path / "a.jsonl.xz", row(0), row(1))
+    write(tmp_path / ".hidden", b"\x00")
+    (tmp_path / "folder").mkdir()
+    rows, counts = sources.read(tmp_path)
+    assert [r.prompt for r in rows] == ["p0", "p1", "p2", "p3"]
+    assert counts == {"same_answers": 1}
+    message = error_of(sources.read, tmp_path / "folder")
+    assert str(tmp_path / "folder") in message and "no files" in message
+
+
+@pytest.mark.parametrize(
+    ("bad", "expected"),
+    [
+        (b'{"prompt": "p", "chosen": \n', "not JSON"),
+        (b"plain text\n", "not JSON"),
+        (b'["p", "good", "bad"]\n', "is a JSON array"),
+        (b"null\n", "is a JSON null"),
+        (b"[" * 100_000 + b"\n", "not JSON"),
+        ({"prompt": "p", "chosen": "good"}, "field 'rejected' is missing; the row has ['chosen', 'prompt']"),
+        ({"chosen": "good", "rejected": "bad"}, "field 'prompt' is missing"),
+        (ROW | {"chosen": ["good"]}, "field 'chosen' is a JSON array"),
+        (ROW | {"prompt": 3}, "field 'prompt' is a JSON number"),
+        (ROW | {"rejected": None}, "field 'rejected' is a JSON null"),
+        (ROW | {"reflection": False}, "field 'reflection' is a JSON boolean"),
+        (ROW | {"chosen": ""}, "field 'chosen' is empty"),
+        (ROW | {"rejected": " \n"}, "field 'rejected' is empty"),
+        (ROW | {"prompt": " "}, "field 'prompt' is empty"),
+        (ROW | {"chosen": "cut \ud83d"}, "field 'chosen' has half a surrogate pair (U+D83D) at character 4"),
+        (ROW | {"requirements": {"kind": "contains"}}, "field 'requirements' is a JSON object"),
+        (ROW | {"requirements": [{"kind": "a"}, "b"]}, "field 'requirements[1]' is a JSON string"),
+        (ROW | {"requirements": [{"value": "b"}]}, "field 'requirements[0].kind' is missing"),
+        (ROW | {"requirements": [{"kind": ""}]}, "field 'requirements[0].kind' is empty"),
+        (ROW | {"requirements": [{"kind": "words", "value": 3}]}, "field 'requirements[0].value' is a JSON number"),
+    ],
+)
+def test_jsonl_errors_name_file_line_and_field(tmp_path, bad, expected):
+    path = write(tmp_path / "a.jsonl", ROW, b"\n", bad, ROW)
+    assert f"{path}, line 3: {expected}" in error_of(sources.read_jsonl, path)
+
+
+def test_jsonl_drops_empty_answers_on_request(tmp_path):
+    path = write(tmp_path / "a.jsonl", row(0), row(1, chosen=" "), row(2, rejected=""), row(3, chosen="l3"))
+    rows, counts = sources.read_jsonl(path, drop_empty=True)
+    assert [r.prompt for r in rows] == ["p0"]
+    assert counts == {"empty_answer": 2, "same_answers": 1}
+    assert "line 1: field 'prompt' is empty" in error_of(
+        sources.read_jsonl, write(tmp_path / "b.jsonl", ROW | {"prompt": ""}), drop_empty=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("head", "bad", "line", "byte"),
+    [
+        (b"", '{"prompt": "café"}'.encode("latin-1"), 2, len(json.dumps(ROW)) + 1 + 15),
+        (b"\xef\xbb\xbf", '{"prompt": "café"}'.encode("latin-1"), 2, 3 + len(json.dumps(ROW)) + 1 + 15),
+        (b"\xef\xbb\xbf\xff", b"", 1, 3),
+        ("[]".encode("utf-16"), b"", 1, 0),
+        (gzip.compress(b"x"), b"", 1, 1),  # compressed, under a name that does not say so
+    ],
+)
+def test_wrong_encoding_names_line_and_byte(tmp_path, head, bad, line, byte):
+    path = write(tmp_path / "a.jsonl", head, ROW, bad)
+    message = error_of(sources.read, path)
+    assert f"a.jsonl, line {line}: not UTF-8 at byte {byte} " in message
+    data = path.read_bytes()
+    assert f"(0x{data[byte]:02x})" in message
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz"])
+@pytest.mark.parametrize("damage", ["cut", "cut short", "flipped", "not compressed"])
+def test_damaged_compression(tmp_path, suffix, damage):
+    path = write(tmp_path / f"a.jsonl{suffix}", *(row(i, chosen=str(i * 2654435761 % 2**32)) for i in range(2000)))
+    data = bytearray(path.read_bytes())
+    if damage == "cut":
+        data = data[: len(data) // 2]
+    elif damage == "cut short":
+        data = data[:-4]
+    elif damage == "flipped":
+        data[len(data) // 2] ^= 0xFF
+    else:
+        data = json.dumps(ROW).encode()
+    path.write_bytes(data)
+    # A flipped byte may also come out as text that is no JSON, before the checksum at the end is seen.
+    message = error_of(sources.read, path)
+    assert str(path) in message
+    if damage != "flipped":
+        assert "cannot be read after line" in message and "complete" in message
+
+
+def test_nothing_to_read(tmp_path):
+    assert "no such file" in error_of(sources.read, tmp_path / "none.jsonl")
+    for name, content in {"a.jsonl": b"", "b.jsonl": b"\n \n", "c.jsonl.gz": b""}.items():
+        message = error_of(sources.read_jsonl, write(tmp_path / name, content))
+        assert name in message and "no rows" in message
+    message = error_of(sources.read_jsonl, write(tmp_path / "d.jsonl", ROW | {"chosen": "bad"}))
+    assert "d.jsonl: no row is left; all were dropped: {'same_answers': 1}" in message
+
+
+def test_format(tmp_path):
+    ours = write(tmp_path / "a.jsonl", ROW)
+    dialogues = {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}
+    hh = write(tmp_path / "b.jsonl", dialogues)
+    assert sources.detect_format(ours) == "jsonl" and sources.detect_format(hh) == "hh_rlhf"
+    assert sources.read(ours) == sources.read(ours, "jsonl") == sources.read_jsonl(ours)
+    assert sources.read(hh) == sources.read(hh, "hh_rlhf") == sources.read_hh_rlhf(hh)
+    assert "field 'prompt' is missing" in error_of(sources.read, hh, "jsonl")
+    assert "use auto, jsonl or hh_rlhf" in error_of(sources.read, hh, "csv")
+    other = write(tmp_path / "c.jsonl", {"question": "q", "answer": "a"})
+    assert "c.jsonl, line 1: neither" in error_of(sources.read, other)
+
+
+# HH-RLHF.
+
+FIRST = "\n\nHuman: Hi.\n\nAssistant:"
+SECOND = f"{FIRST} Hello!\n\nHuman: How are you?\n\nAssistant:"
+
+
+def hh(chosen: str, rejected: str) -> dict:
+    return {"chosen": chosen, "rejected": rejected}
+
+
+def test_split_dialogue():
+    assert sources.split_dialogue(f"{FIRST} Hello!") == ("Hi.\n\n", "Hello!")
+    prompt, response = sources.split_dialogue(f"{SECOND} Fine,\n\nthanks. \n")
+    assert prompt == "Hi.\n\nAssistant: Hello!\n\nHuman: How are you?\n\n"
+    assert response == "Fine,\n\nthanks."
+
+
+@pytest.mark.parametrize("head", [FIRST, SECOND])
+def test_the_policy_template_gives_back_the_dialogue(head):
+    template = (pathlib.Path(sources.__file__).parent / "templates" / "policy.txt").read_text("utf-8").rstrip("\n")
+    prompt, response = sources.split_dialogue(f"{head} Answer.")
+    assert "\n\n" + template.format(prompt=prompt) + " " + response == f"{head} Answer."
+
+
+@pytest.mark.parametrize(
+    ("dialogue", "expected"),
+    [
+        (FIRST, ("Hi.\n\n", "")),
+        (f"{FIRST} ", ("Hi.\n\n", "")),
+        # The last assistant turn, not the word in an answer.
+        (f"{FIRST} Say Assistant: or Human: aloud.", ("Hi.\n\n", "Say Assistant: or Human: aloud.")),
+        (f"{FIRST} Say\n\nAssistant:or", ("Hi.\n\n", "Say\n\nAssistant:or")),
+        # A model that went on for the human.
+        (f"{FIRST} Hello!\n\nHuman: Thanks.", ("Hi.\n\n", "Hello!\n\nHuman: Thanks.")),
+        ("Human: Hi.\n\nAssistant: Hello!", ("Hi.\n\n", "Hello!")),
+        ("", None),
+        ("\n\nHuman: Hi.", None),
+        ("\n\nHuman: \n\nAssistant: Hello!", None),
+        ("\n\nAssistant: Hello!\n\nHuman: Hi.", None),
+        ("\n\nAssistant: Hello!\n\nHuman: Hi.\n\nAssistant: Yes?", None),
+    ],
+)
+def test_split_dialogue_traps(dialogue, expected):
+    assert sources.split_dialogue(dialogue) == expected
+
+
+def test_hh_rlhf_counts_what_it_drops(tmp_path):
+    path = write(
+        tmp_path / "test.jsonl.gz",
+        hh(f"{FIRST} Hello!", f"{FIRST} Go away."),
+        hh(f"{SECOND} Fine.", f"{FIRST} Hello!"),  # prompts differ: cut at another turn
+        hh(f"{FIRST} Hello!", f"{FIRST.replace('Hi.', 'Hi!')} Hello there!"),  # prompts differ by a letter
+        hh(f"{FIRST} Hello!", f"{FIRST} Hello!"),
+        hh(f"{FIRST} Hello!", f"{FIRST} Hello! \n"),  # differ in nothing that is kept
+        hh(f"{FIRST} Hello!", FIRST),
+        hh(f"{FIRST} ", f"{FIRST} Hello!"),
+        hh(f"{FIRST} ", f"{FIRST} "),
+        hh("\n\nHuman: Hi.", f"{FIRST} Hello!"),
+        hh(f"{SECOND} Fine.", f"{SECOND} What?"),
+    )
+    rows, counts = sources.read(path)
+    assert counts == {"prompts_differ": 2, "same_answers": 2, "empty_answer": 3, "not_a_dialogue": 1}
+    second = "Hi.\n\nAssistant: Hello!\n\nHuman: How are you?\n\n"
+    assert rows == [
+        PreferenceExample("Hi.\n\n", rejected="Go away.", chosen="Hello!"),
+        PreferenceExample(second, rejected="What?", chosen="Fine."),
+    ]
+
+
+def test_hh_rlhf_errors(tmp_path):
+    good = hh(f"{FIRST} a", f"{FIRST} b")
+    path = write(tmp_path / "a.jsonl", good, {"chosen": "x"})
+    assert f"{path}, line 2: field 'rejected' is missing" in error_of(sources.read, path)
+    path = write(tmp_path / "b.jsonl", good, hh("x", 1))
+    assert f"{path}, line 2: field 'rejected' is a JSON number" in error_of(sources.read, path)
+    path = write(tmp_path / "c.jsonl", hh("x", "y"))
+    assert "no row is left; all were dropped: {'not_a_dialogue': 1}" in error_of(sources.read, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_rows", "dropped"),
+    [
+        # The folder's notes: prompts differ in 3 rows, chosen == rejected in 34, empty answers in 3, of 1,137 + 2,749.
+        ("helpful-online", 1137, {"same_answers": 2, "empty_answer": 3}),
+        ("helpful-rejection-sampled", 2749, {"same_answers": 32, "prompts_differ": 3}),
+    ],
+)
+def test_published_hh_rlhf(name, num_rows, dropped):
+    folder = DATA / "hh-rlhf" / name
+    if not folder.exists():
+        pytest.skip(f"no {folder}: set PIT_JAX_DATA to the folder of test data")
+    rows, counts = sources.read(folder)
+    assert counts == dropped
+    assert len(rows) == num_rows - sum(dropped.values())
+    with gzip.open(folder / "test.jsonl.gz", "rt", encoding="utf-8") as file:
+        published = {json.loads(line)["chosen"].rstrip() for line in file}
+    found = {f"\n\nHuman: {r.prompt}Assistant: {r.chosen}" for r in rows}
+    assert len(found - published) <= 1  # one answer opens with a second space
+    parts = sources.folds(rows, 0)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+# Dividing.
+
+
+def examples(*multiplicities: int) -> list[PreferenceExample]:
+    """Rows whose i-th prompt comes multiplicities[i] times, interleaved."""
+    return [
+        PreferenceExample(f"prompt {i}", f"l{i} {j}", f"w{i} {j}")
+        for j in range(max(multiplicities))
+        for i, number in enumerate(multiplicities)
+        if j < number
+    ]
+
+
+def prompts(rows) -> set[str]:
+    return {r.prompt for r in rows}
+
+
+@pytest.mark.parametrize("n", [3, 4, 100, 101])
+def test_folds_are_equal(n):
+    parts = sources.folds(examples(*[1] * n), seed=0)
+    assert sorted(map(len, parts)) == sorted([n // 3, (n + 1) // 3, (n + 2) // 3])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_folds_share_no_prompt_and_lose_no_row(seed):
+    rows = examples(*[1] * 40, *[2] * 20, *[7] * 3, 15)
+    parts = sources.folds(rows, seed)
+    assert sorted(r.chosen for part in parts for r in part) == sorted(r.chosen for r in rows)
+    assert sum(len(prompts(part)) for part in parts) == len(prompts(rows))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    for part in parts:  # rows keep their order
+        assert part == [r for r in rows if r in part]
+
+
+def test_folds_depend_on_the_seed_and_not_on_the_order():
+    rows = examples(*[1] * 50, *[3] * 5)
+    first = sources.folds(rows, 0)
+    assert [prompts(p) for p in sources.folds(rows[::-1], 0)] == [prompts(p) for p in first]
+    assert [prompts(p) for p in sources.folds(rows, 1)] != [prompts(p) for p in first]
+
+
+def test_too_few_prompts_for_folds():
+    assert "2 different prompts" in error_of(sources.folds, examples(5, 5), 0)
+
+
+def test_divisions_are_the_same_in_every_process():
+    code = (
+        "from pit_jax.data import sources; from pit_jax.types import PreferenceExample as E\n"
+        "rows = [E(f'prompt {i}', 'l', 'w') for i in range(12)]\n"
+        "print([[int(r.prompt[7:]) for r in p] for p in (*sources.folds(rows, 3), *sources.split_off(rows, 2, 3, 3))])"
+    )
+    # PYTHONHASHSEED changes hash(), which must play no part.
+    runs = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            cwd=pathlib.Path(__file__).parents[1],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    rows = [PreferenceExample(f"prompt {i}", "l", "w") for i in range(12)]
+    here = (*sources.folds(rows, 3), *sources.split_off(rows, 2, 3, 3))
+    assert runs == {f"{[[int(r.prompt[7:]) for r in part] for part in here]}\n"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_split_off(seed):
+    rows = examples(*[1] * 30, *[4] * 5)
+    training, selection, test = sources.split_off(rows, num_selection=7, num_test=11, seed=seed)
+    assert (len(training), len(selection), len(test)) == (len(rows) - 18, 7, 11)
+    assert sorted(r.chosen for part in (training, selection, test) for r in part) == sorted(r.chosen for r in rows)
+    for a, b in ((training, selection), (training, test), (selection, test)):
+        assert not prompts(a) & prompts(b)
+    for part in (training, selection, test):
+        assert part == [r for r in rows if r in part]
+
+
+def test_split_off_depends_on_the_seed_and_not_on_the_order():
+    rows = examples(*[1] * 50)
+    parts = sources.split_off(rows, 10, 10, 0)
+    assert [prompts(p) for p in sources.split_off(rows[::-1], 10, 10, 0)] == [prompts(p) for p in parts]
+    assert prompts(sources.split_off(rows, 10, 10, 1)[2]) != prompts(parts[2])
+
+
+def test_split_off_limits():
+    rows = examples(*[1] * 10)
+    assert [len(p) for p in sources.split_off(rows, 0, 0, 0)] == [10, 0, 0]
+    assert [len(p) for p in sources.split_off(rows, 4, 5, 0)] == [1, 4, 5]
+    assert "leave nothing of 10 rows" in error_of(sources.split_off, rows, 5, 5, 0)
+    assert "must not be negative" in error_of(sources.split_off, rows, -1, 5, 0)
+    # Prompts that come three times: seven rows are not to be had, six are.
+    assert [len(p) for p in sources.split_off(examples(*[3] * 5), 0, 7, 0)] == [9, 0, 6]
+    assert "fit num_test=2" in error_of(sources.split_off, examples(*[3] * 5), 3, 2, 0)
