@@ -13,11 +13,13 @@ from pit_jax import config as c
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """`variant`: empty, or smoke: a small run of every stage."""
-    model = c.ModelConfig(num_layers=4, d_model=128, num_heads=4, num_kv_heads=2, head_dim=32, mlp_dim=384)
-    sft = lambda **kw: c.SFTConfig(**{"sequence_length": 320, "batch_size": 12, **kw})  # noqa: E731
+    model = c.ModelConfig(
+        num_layers=4, d_model=128, num_heads=4, num_kv_heads=2, head_dim=32, mlp_dim=384, copy_init=1.0
+    )
+    sft = lambda **kw: c.SFTConfig(**{"sequence_length": 208, "batch_size": 16, **kw})  # noqa: E731
     adam = lambda rate, **kw: c.OptimizerConfig(learning_rate=rate, **kw)  # noqa: E731
     reward = c.RewardModelConfig(
-        optimizer=adam(1e-3, schedule="cosine", warmup_fraction=0.05), batch_size=16, num_epochs=1.0, eval_every=100,
+        optimizer=adam(7e-4, schedule="cosine", warmup_fraction=0.05), batch_size=16, num_epochs=1.0, eval_every=100,
         save_every=100,
     )  # fmt: skip
     ppo = c.PPOConfig(
@@ -34,13 +36,13 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config = c.PitConfig(
         name="pit_synthetic",
         data=c.DataConfig(
-            size=13_000, num_test=640, num_pretrain=60_000, prompt_window=64, response_window=48, reflection_window=72
+            size=13_000, num_test=640, num_pretrain=60_000, prompt_window=44, response_window=36, reflection_window=52
         ),
         policy_model=model,
         pit_model=model,
         reward_model=model,
         pretrain=c.PretrainConfig(
-            sft=sft(optimizer=adam(2e-3, schedule="cosine", warmup_fraction=0.05), num_steps=1500)
+            sft=sft(optimizer=adam(2e-3, schedule="cosine", warmup_fraction=0.05), num_steps=1800)
         ),
         sft_policy=sft(optimizer=adam(5e-4, schedule="cosine", warmup_fraction=0.05)),
         sft_pit=sft(optimizer=adam(5e-4, schedule="cosine", warmup_fraction=0.05)),

@@ -6,8 +6,8 @@
         manifest.json       shape, dtype and CRC-32 of every leaf
       300.partial/          a save that was killed: ignored, and removed by the next one
 
-A tree is stored flat, by the paths of its leaves, so that what a checkpoint holds does not depend on the Python classes of
-the states that were saved. The manifest is compared with what the caller asks for before an array is read.
+A tree is stored flat, by the paths of its leaves, so that what a checkpoint holds does not depend on the Python
+classes of the states that were saved. The manifest is compared with what the caller asks for before an array is read.
 Everything is read and written by Orbax and as JSON; nothing is pickled.
 """
 
@@ -183,12 +183,15 @@ def _flatten(tree) -> dict:
 
 
 def _storable(path: str, x) -> jax.Array | np.ndarray:
-    if isinstance(x, jax.Array) and not jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):
-        return x
-    if isinstance(x, np.ndarray | np.generic | bool | int | float) and np.asarray(x).dtype != object:
-        return np.asarray(x)
-    kind = getattr(x, "dtype", type(x).__name__)
-    raise ValueError(f"{path} is a {kind}: a checkpoint holds plain arrays only; store jax.random.key_data of a key.")
+    if not (isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended)):
+        array = x if isinstance(x, jax.Array) else np.asarray(x)
+        if array.dtype.kind not in "OSUMm" and array.size:  # Orbax has no form for an array without entries
+            return array
+    kind = f"{getattr(x, 'dtype', type(x).__name__)} of shape {np.shape(x)}"
+    raise ValueError(
+        f"{path} is a {kind}: a checkpoint holds arrays of numbers with at least one entry; "
+        "store jax.random.key_data of a key, and leave empty arrays and text out of the tree."
+    )
 
 
 def _describe(x) -> _Leaf:

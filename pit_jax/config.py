@@ -40,6 +40,7 @@ class ModelConfig:
     tie_embeddings: bool = True
     dtype: str = "float32"  # of activations and matrix products; parameters are float32
     remat: str = "none"  # none, dots (keep matrix products), full
+    copy_init: float = 0.0  # o starts as this times v transposed, so that heads pass on what they attend to
 
     def __post_init__(self):
         _check(self.num_heads % self.num_kv_heads == 0, "model.num_heads must be a multiple of model.num_kv_heads")
@@ -249,6 +250,11 @@ class PitConfig:
                 source in ("data", "policy", "pit", "policy_checkpoint"),
                 f"curriculum names {source!r}: use data, policy, pit or policy_checkpoint",
             )
+        _check(
+            not (self.sft_pit.chain_of_thought and self.curriculum),
+            "sft_pit.chain_of_thought is for the SFT model only (appendix K: RL would need data that tells good "
+            "reflections from bad ones): set --config.curriculum= (empty) with it.",
+        )
         for arm in self.arms:
             _check(arm in ARMS, f"arms names {arm!r}: use {', '.join(ARMS)}")
 

@@ -4,8 +4,11 @@ The forward function and the temperature are those of training (`Transformer.__c
 the log-probs of the sampled tokens come back with them, so a PPO ratio is 1 at the first update of every rollout.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pit_jax.config import SamplingConfig
 from pit_jax.models.transformer import Transformer, init_cache
@@ -30,6 +33,16 @@ def append_response(prompts: PromptBatch, tokens: Array, mask: Array, log_probs:
         log_probs=jnp.zeros(mask.shape, jnp.float32) if log_probs is None else jnp.where(mask, log_probs, 0.0),
         response_mask=mask,
     )
+
+
+def append_ids(prompts: PromptBatch, responses: Sequence[Sequence[int]], length: int, eos_id: int) -> Rollout:
+    """A Rollout of NumPy arrays from response ids without EOS, each followed by EOS where it fits in `length`."""
+    tokens = np.zeros((len(responses), length), np.int32)
+    mask = np.zeros(tokens.shape, np.bool_)
+    for i, ids in enumerate(responses):
+        row = [*ids, eos_id][:length]
+        tokens[i, : len(row)], mask[i, : len(row)] = row, True
+    return jax.tree.map(np.asarray, append_response(prompts, tokens, mask))
 
 
 def restrict(logits: Array, *, temperature: float, top_k: int, top_p: float) -> Array:

@@ -47,7 +47,7 @@ def evaluate(context: pit.Context) -> dict:
         "seed": config.seed,
         "comparisons": comparisons,
         "answers": _answer_statistics(context, rows, answers, judges),
-        "reward_models": _reward_models(context, rows, answers),
+        "reward_models": _reward_models(context, rows),
         "self_refine": parsed,
         "stages": _stage_records(context),
         "missing": {
@@ -74,7 +74,7 @@ def _answers(context: pit.Context, rows: list[PreferenceExample]) -> tuple[Answe
     longer = SamplingConfig(pit.improvement_window(context), config.evaluation.temperature)
     key = lambda name: pit.key_of(config, f"evaluate/{name}")  # noqa: E731
     size, eos = config.evaluation.batch_size, e.tokenizer.eos_id
-    load = functools.cache(lambda stage: (pit.model_of(context, stage), pit.load_model(context, stage)))
+    load = functools.cache(functools.partial(_model, context))
 
     def policy(name, stage="rl_policy"):
         prompts = [e.policy_prompt(r.prompt) for r in rows]
@@ -84,11 +84,12 @@ def _answers(context: pit.Context, rows: list[PreferenceExample]) -> tuple[Answe
 
     def improve(name, refs, stage):
         prompts = [e.pit_prompt(r.prompt, y) for r, y in zip(rows, refs, strict=True)]
-        return pit.sample(
+        improved = pit.sample(
             *load(stage), prompts, key(name), window=e.pit_window, settings=longer, eos_id=eos, batch_size=size
         )
+        return [_without_thoughts(context, y) for y in improved]
 
-    final = f"rl_pit_{len(config.curriculum)}"
+    final = f"rl_pit_{len(config.curriculum)}" if config.curriculum else "sft_pit"
     answers = {
         "chosen": [e.response(r.chosen)[:-1] for r in rows],
         "original": policy("original"),
@@ -105,12 +106,20 @@ def _answers(context: pit.Context, rows: list[PreferenceExample]) -> tuple[Answe
     answers["pit_sft"] = improve("pit_sft", answers["original"], "sft_pit")
     if config.evaluation.self_refine and rows[0].reflection:
         answers["self_refine"], parsed = self_refine.refine(context, rows, answers["original"])
-    if config.curriculum[0] == "data" and len(config.curriculum) > 1:
+    if len(config.curriculum) > 1 and config.curriculum[0] == "data":
         answers["first_rl_only"] = improve("first_rl_only", answers["original"], "rl_pit_1")
     for arm, stage in ARM_STAGES.items():
         if context.workdir.done(stage) is not None:
             answers[arm] = improve(arm, answers["original"], stage)
     return answers, parsed
+
+
+def _without_thoughts(context: pit.Context, ids: list[int]) -> list[int]:
+    """The response behind a chain of thought, c and a line break (appendix K); all of it where there is none."""
+    if not context.config.sft_pit.chain_of_thought:
+        return ids
+    _, found, response = context.encoder.text(ids).partition("\n")
+    return context.encoder.response(response)[:-1] if found else ids
 
 
 def _pairs(answers) -> dict[str, tuple[str, str]]:
@@ -143,21 +152,13 @@ def _verifier_scores(context, rows, answers) -> dict[str, np.ndarray]:
     }
 
 
-def _with_eos(context, ids) -> list[int]:
-    return [*ids, context.encoder.tokenizer.eos_id]
-
-
 def _evaluator_scores(context, rows, answers) -> dict[str, np.ndarray]:
     """r(x, y) by the reward model that was trained on all folds and used for nothing else."""
-    return _policy_form_scores(context, "evaluator", rows, answers)
-
-
-def _policy_form_scores(context, stage, rows, answers) -> dict[str, np.ndarray]:
-    """Scores r(x, y) of R_P or the evaluator; one group per prompt, one column per kind of answer."""
     e, names = context.encoder, list(answers)
     prompts = [e.policy_prompt(r.prompt) for r in rows]
-    groups = [[prompts[i] + _with_eos(context, answers[n][i]) for n in names] for i in range(len(rows))]
-    scores = pit.score_groups(pit.model_of(context, stage), pit.load_model(context, stage), groups, batch_size=32)
+    form = lambda i, name: [*prompts[i], *answers[name][i], e.tokenizer.eos_id]  # noqa: E731
+    groups = [[form(i, name) for name in names] for i in range(len(rows))]
+    scores = pit.score_groups(*_model(context, "evaluator"), groups, batch_size=32)
     return {name: scores[:, j] for j, name in enumerate(names)}
 
 
@@ -177,71 +178,70 @@ def _answer_statistics(context, rows, answers, judges) -> dict[str, dict]:
     return statistics
 
 
-def _reward_models(context, rows, answers) -> dict[str, dict]:
+def _reward_models(context, rows) -> dict[str, dict]:
     """Table 4's accuracies, Figure 2's distributions and the diagnostics of the gap model."""
     e = context.encoder
-    names = ("r_pit", "r_p", "evaluator")
-    models = {name: (pit.model_of(context, name), pit.load_model(context, name)) for name in names}
-    report: dict[str, dict] = {name: {} for name in names}
+    ids = lambda y: e.response(y)[:-1]  # noqa: E731
+    report: dict[str, dict] = {}
 
-    gaps = pit.score_groups(*models["r_pit"], pit.gap_groups(e, rows))
-    report["r_pit"] |= agreement.accuracy(gaps[:, 0], gaps[:, 3]) | agreement.gap_diagnostics(*gaps.T)
-    # Shortcut probe: the same y_1 against the ref_response of another prompt.
-    other = rows[1:] + rows[:1]
-    gap = lambda x, y1, y2: e.pit_prompt(x, y2) + e.response(y1)  # noqa: E731
-    moved = [
-        [gap(r.prompt, r.chosen, o.rejected), gap(r.prompt, r.rejected, o.chosen)]
-        for r, o in zip(rows, other, strict=True)
+    triples = [
+        (r.prompt, ids(y1), ids(y2))
+        for r in rows
+        for y1, y2 in ((r.chosen, r.rejected), (r.chosen, r.chosen), (r.rejected, r.rejected), (r.rejected, r.chosen))
     ]
-    shuffled = pit.score_groups(*models["r_pit"], moved)
-    report["r_pit"]["shortcut_probe"] = agreement.shortcut_probe(gaps[:, 0], gaps[:, 3], shuffled[:, 0], shuffled[:, 1])
+    gaps = pit.gap_scores(context, triples, pairings=4)
+    report["r_pit"] = agreement.accuracy(gaps[:, 0], gaps[:, 3]) | agreement.gap_diagnostics(*gaps.T)
+    # Shortcut probe: the same y_1 against the ref_response of another prompt.
+    moved = [
+        (r.prompt, ids(y1), ids(y2))
+        for r, other in zip(rows, rows[1:] + rows[:1], strict=True)
+        for y1, y2 in ((r.chosen, other.rejected), (r.rejected, other.chosen))
+    ]
+    shuffled = pit.gap_scores(context, moved, pairings=2)
+    probe = agreement.shortcut_probe(gaps[:, 0], gaps[:, 3], shuffled[:, 0], shuffled[:, 1])
+    report["r_pit"]["shortcut_probe"] = probe
     for name in ("r_p", "evaluator"):
-        scores = pit.score_groups(*models[name], pit.policy_groups(e, rows))
-        report[name] |= agreement.accuracy(scores[:, 0], scores[:, 1])
+        scores = pit.score_groups(*_model(context, name), pit.policy_groups(e, rows))
+        report[name] = agreement.accuracy(scores[:, 0], scores[:, 1])
 
     if rows[0].requirements:
+        # On pairs of a policy's own answers, ranked by the verifier: what RL asks of a reward model.
         for prefix, stage in (("policy", "rl_policy"), ("sft_policy", "sft_policy")):
-            pairs = _own_pairs(context, rows, stage)
-            for name, margins in _own_pair_margins(context, models, rows, pairs).items():
-                own = agreement.pair_accuracy_excluding_ties(margins, pairs["margin"])
-                report[name] |= {f"{prefix}_{k}": v for k, v in own.items()}
+            pairs, margin = _own_pairs(context, rows, stage)
+            swapped = [(x, b, a) for x, a, b in pairs]
+            both = [triple for pair in zip(pairs, swapped, strict=True) for triple in pair]
+            gap = pit.gap_scores(context, both, pairings=2)
+            own = {"r_pit": gap[:, 0] - gap[:, 1]}
+            groups = [[[*e.policy_prompt(x), *y, e.tokenizer.eos_id] for y in (a, b)] for x, a, b in pairs]
+            for name in ("r_p", "evaluator"):
+                scores = pit.score_groups(*_model(context, name), groups)
+                own[name] = scores[:, 0] - scores[:, 1]
+            for name, predicted in own.items():
+                values = agreement.pair_accuracy_excluding_ties(predicted, margin)
+                report[name] |= {f"{prefix}_{k}": v for k, v in values.items()}
     return report
 
 
-def _own_pairs(context, rows, stage) -> dict:
-    """Pairs of a policy's own samples for the same prompt, with the verifier's margin (first minus second)."""
+def _model(context, stage):
+    return pit.model_of(context, stage), pit.load_model(context, stage)
+
+
+def _own_pairs(context, rows, stage):
+    """Pairs (x, a, b) of a policy's own samples that the verifier tells apart, and its margin (a minus b)."""
     config, e = context.config, context.encoder
     n = config.evaluation.num_pairs
     settings = SamplingConfig(config.data.response_window, config.evaluation.temperature)
-    prompts = [e.policy_prompt(r.prompt) for r in rows for _ in range(2 * n)]
+    repeated = [row for row in rows for _ in range(n)]
     samples = pit.sample(
-        pit.model_of(context, stage), pit.load_model(context, stage), prompts,
-        pit.key_of(config, f"evaluate/own/{stage}"), window=e.policy_window, settings=settings, eos_id=e.tokenizer.eos_id, batch_size=config.evaluation.batch_size,
+        *_model(context, stage), [e.policy_prompt(r.prompt) for r in repeated for _ in range(2)],
+        pit.key_of(config, f"evaluate/own/{stage}"), window=e.policy_window, settings=settings,
+        eos_id=e.tokenizer.eos_id, batch_size=config.evaluation.batch_size,
     )  # fmt: skip
-    first, second, index = samples[0::2], samples[1::2], [i for i in range(len(rows)) for _ in range(n)]
-    share = lambda i, y: verifier.share_met(rows[i].requirements, e.text(y))  # noqa: E731
-    margin = np.asarray([share(i, a) - share(i, b) for i, a, b in zip(index, first, second, strict=True)])
+    first, second = samples[0::2], samples[1::2]
+    share = lambda row, y: verifier.share_met(row.requirements, e.text(y))  # noqa: E731
+    margin = np.asarray([share(r, a) - share(r, b) for r, a, b in zip(repeated, first, second, strict=True)])
     keep = np.flatnonzero(margin)
-    return {
-        "index": [index[i] for i in keep],
-        "first": [first[i] for i in keep],
-        "second": [second[i] for i in keep],
-        "margin": margin[keep],
-    }
-
-
-def _own_pair_margins(context, models, rows, pairs) -> dict[str, np.ndarray]:
-    """Each reward model's margin on the pairs: r_gap(x, a, b) - r_gap(x, b, a), or r(x, a) - r(x, b)."""
-    e = context.encoder
-    triples = list(zip(pairs["index"], pairs["first"], pairs["second"], strict=True))
-    improved = lambda i, y1, y2: e.pit_prompt(rows[i].prompt, y2) + _with_eos(context, y1)  # noqa: E731
-    gap = [[improved(i, a, b), improved(i, b, a)] for i, a, b in triples]
-    single = [[e.policy_prompt(rows[i].prompt) + _with_eos(context, y) for y in (a, b)] for i, a, b in triples]
-    margins = {}
-    for name, model in models.items():
-        scores = pit.score_groups(*model, gap if name == "r_pit" else single)
-        margins[name] = scores[:, 0] - scores[:, 1] if len(scores) else np.zeros(0)
-    return margins
+    return [(repeated[i].prompt, first[i], second[i]) for i in keep], margin[keep]
 
 
 def _stage_records(context) -> dict[str, dict]:

@@ -51,6 +51,20 @@ class PPOState(NamedTuple):
     scores: ScoreStatistics
 
 
+class RLBatch(NamedTuple):
+    """Prompts of an iteration.
+
+    Attributes:
+      prompts: what the policy continues.
+      policy_prompts: the same x in the form of M_P, where the score is a difference of R_P; else None.
+      references: ref_response behind `policy_prompts`, as a Rollout; else None.
+    """
+
+    prompts: PromptBatch
+    policy_prompts: PromptBatch | None = None
+    references: Rollout | None = None
+
+
 class Experience(NamedTuple):
     """A rollout and what PPO learns from it; [B, R] unless said."""
 
@@ -105,6 +119,13 @@ def rollout_scores(model: ScalarModel, params: Params, rollout: Rollout) -> Arra
     return last_token(values, rollout.segments, rollout.positions)
 
 
+def difference_scores(model: ScalarModel, params: Params, rollout: Rollout, batch: RLBatch) -> Array:
+    """r(x, y) - r(x, y_ref) [B] by R_P: the alternative to R_PIT that appendix C argues against."""
+    R = rollout.response_mask.shape[1]
+    answers = sampling.append_response(batch.policy_prompts, rollout.tokens[:, -R:], rollout.response_mask)
+    return rollout_scores(model, params, answers) - rollout_scores(model, params, batch.references)
+
+
 def update_statistics(statistics: ScoreStatistics, scores: Array) -> ScoreStatistics:
     """Adds a batch of scores [B] to the running mean and variance."""
     count = jnp.float32(scores.shape[0])
@@ -120,14 +141,13 @@ def make_ppo(
     model: Transformer,
     decode_model: Transformer,
     value_model: ScalarModel,
-    score: Callable[[Params, Rollout, PromptBatch], Array],
+    score: Callable[[Params, Rollout, RLBatch], Array],
     policy_optimizer: optax.GradientTransformation,
     value_optimizer: optax.GradientTransformation,
     config: PPOConfig,
     *,
     max_new_tokens: int,
     eos_id: int,
-    key: Array,
 ):
     """The two jitted halves of an iteration.
 
@@ -139,23 +159,22 @@ def make_ppo(
       config: PPO settings; `temperature` is that of sampling and of training log-probs.
       max_new_tokens: R.
       eos_id: ends a response.
-      key: typed PRNG key of the run; an iteration folds its number in.
 
     Returns:
-      (collect(state, ref_params, reward_params, batch) -> (Experience, scores [B], metrics, new statistics),
-       update(state, experience, statistics, mean KL) -> (state, metrics)); `update` donates the state.
+      (collect(state, ref_params, reward_params, batch, key) -> (Experience, scores [B], new statistics, metrics),
+       update(state, experience, statistics, mean KL, key) -> (state, metrics)); `update` donates the state. `key` is
+       the typed PRNG key of the run: an iteration folds its number in. As an argument, it lets rounds share a program.
     """
     settings = SamplingConfig(max_new_tokens=max_new_tokens, temperature=config.temperature)
 
-    def iteration_key(state: PPOState, purpose: int) -> Array:
+    def iteration_key(key: Array, state: PPOState, purpose: int) -> Array:
         return jax.random.fold_in(jax.random.fold_in(key, state.step), purpose)
 
-    def collect(state: PPOState, ref_params: Params, reward_params: Params, batch: PromptBatch):
+    def collect(state: PPOState, ref_params: Params, reward_params: Params, batch: RLBatch, key: Array):
         # 1. Sample with the current policy, its weights gathered once.
         gathered = sharding.gather_weights(state.policy.params, model.rules)
-        prompts = PromptBatch(batch.tokens, batch.lengths)
         rollout = sampling.generate(
-            gathered, prompts, iteration_key(state, 0), model=decode_model, config=settings, eos_id=eos_id
+            gathered, batch.prompts, iteration_key(key, state, 0), model=decode_model, config=settings, eos_id=eos_id
         )
         mask = rollout.response_mask
         # 2. Log-probs under the SFT policy, and the KL per token.
@@ -205,12 +224,12 @@ def make_ppo(
         )
         return (jnp.sum(per_row), jnp.sum(mask.astype(jnp.float32))), metrics
 
-    def update(state: PPOState, experience: Experience, statistics: ScoreStatistics, mean_kl: Array):
+    def update(state: PPOState, experience: Experience, statistics: ScoreStatistics, mean_kl: Array, key: Array):
         # 7. Epochs of minibatches, a new permutation each epoch.
         B = experience.values.shape[0]
         size = B // config.num_minibatches
         permute = lambda k: jax.random.permutation(k, B)  # noqa: E731
-        orders = jax.vmap(permute)(jax.random.split(iteration_key(state, 1), config.num_epochs))
+        orders = jax.vmap(permute)(jax.random.split(iteration_key(key, state, 1), config.num_epochs))
         learn_policy = state.step >= config.value_warmup
 
         def minibatch(carry, rows):

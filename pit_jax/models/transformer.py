@@ -103,9 +103,22 @@ class Block(nn.Module):
     config: ModelConfig
     rules: AxisRules
 
-    def _weight(self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], fan_in: int, scale: float = 1.0):
-        """A weight stored in its FSDP layout, gathered for use."""
-        init = _normal(scale * fan_in**-0.5, self.rules.spec(*axes))
+    def _weight(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        axes: tuple[str | None, ...],
+        fan_in: int,
+        scale: float = 1.0,
+        start: Array | None = None,
+    ):
+        """A weight stored in its FSDP layout, gathered for use; `start` is added to its random start."""
+        random = _normal(scale * fan_in**-0.5, self.rules.spec(*axes))
+
+        def init(key, shape, dtype):
+            value = random(key, shape, dtype)
+            return value if start is None else value + jax.sharding.reshard(start, self.rules.spec(*axes))
+
         weight = self.param(name, init, shape, jnp.float32)
         gathered = dataclasses.replace(self.rules, embed=None).spec(*axes)
         return jax.sharding.reshard(weight.astype(self.config.dtype), gathered)
@@ -124,12 +137,20 @@ class Block(nn.Module):
             q = self._weight("q", (D, K, G, H), ("embed", "heads", None, None), D)
             q = project(y, q, rules.spec("batch", None, "heads", None, None))
             k = project(y, self._weight("k", (D, K, H), ("embed", "heads", None), D), heads)
-            v = project(y, self._weight("v", (D, K, H), ("embed", "heads", None), D), heads)
+            v_weight = self._weight("v", (D, K, H), ("embed", "heads", None), D)
+            v = project(y, v_weight, heads)
             q, k = rotary(q, positions, c.rope_theta), rotary(k, positions, c.rope_theta)
             if cache is not None:
                 cache, k, v = _update_cache(cache, layer, k, v)
             y = attention(q, k, v, mask)
-            o = self._weight("o", (K, G, H, D), ("heads", None, None, "embed"), c.num_heads * H, out_scale)
+            start = None
+            if c.copy_init:
+                # Heads that pass on what they attend to: without this a small model needs several times the steps
+                # before it copies a word of the prompt (Trockman and Kolter 2023, mimetic initialization).
+                transposed = c.copy_init * v_weight.astype(jnp.float32).transpose(1, 2, 0)
+                start = jnp.broadcast_to(transposed[:, None], (K, G, H, D))
+            axes = ("heads", None, None, "embed")
+            o = self._weight("o", (K, G, H, D), axes, c.num_heads * H, out_scale, start)
             x = x + project(y, o, rules.spec("batch", None, None))
         with jax.named_scope("mlp"):
             y = RMSNorm(c.norm_epsilon, c.dtype, name="mlp_norm")(x)

@@ -26,13 +26,22 @@ import numpy as np
 
 from pit_jax import checkpoint, optimizers, sampling, sharding, train_state
 from pit_jax.config import ModelConfig, PitConfig, PPOConfig, RewardModelConfig, SamplingConfig, SFTConfig
-from pit_jax.data import batches, builders, encode, sources, synthetic, tokenizer as tokenizer_lib, verifier
+from pit_jax.data import (
+    batches,
+    builders,
+    encode,
+    sources,
+    synthetic,
+    synthetic_text,
+    tokenizer as tokenizer_lib,
+    verifier,
+)
 from pit_jax.files import write_text_atomic
 from pit_jax.learners import loop, ppo, reward_model, sft
 from pit_jax.metrics import MetricsWriter
 from pit_jax.models.transformer import ScalarModel, Transformer
 from pit_jax.pipelines.stages import Candidates, Workdir, choose_by_kl_bin, run_stage
-from pit_jax.types import Params, PreferenceExample, PromptBatch, Rollout
+from pit_jax.types import Params, PreferenceExample, Rollout
 
 SPLITS = ("sft", "rm", "rl", "selection", "test", "pretrain")
 
@@ -61,7 +70,8 @@ def stage_names(config: PitConfig) -> list[str]:
     pretrain = [] if config.pretrain.checkpoint else [name for name, _ in pretrained_models(config)]
     rounds = [f"rl_pit_{i}" for i in range(1, len(config.curriculum) + 1)]
     arms = [f"arm_{arm}" for arm in config.arms]
-    middle = ["sft_policy", "sft_pit", "r_p", "r_pit", "evaluator", "rl_policy", *rounds, *arms]
+    gap = [] if config.r_pit.loss == "r_p_difference" else ["r_pit"]
+    middle = ["sft_policy", "sft_pit", "r_p", *gap, "evaluator", "rl_policy", *rounds, *arms]
     return ["data", *pretrain, *middle, "evaluate"]
 
 
@@ -114,6 +124,8 @@ def data_stage(context: Context) -> dict:
     else:
         # From the first fold alone (section 4.1's D_SFT): the others must stay unseen until their stage.
         texts = [text for row in raw["sft"] for text in (row.prompt, row.rejected, row.chosen, row.reflection)]
+        if config.data.source == "synthetic":
+            texts += synthetic_text.word_forms()  # each word of the lexicon whole, in its three cases
         model = tokenizer_lib.train(texts, config.tokenizer.vocab_size)
     (root / "tokenizer.model").write_bytes(model)
     encoder = encode.make_encoder(tokenizer_lib.load(root / "tokenizer.model"), config.data)
@@ -164,6 +176,11 @@ def init_params(module: Transformer | ScalarModel, key: jax.Array) -> Params:
     one = jax.device_put(one, module.rules.spec("batch", None))
     method = Transformer.full_logits if isinstance(module, Transformer) else None
     return jax.jit(lambda k: module.init(k, one, one, one, method=method))(key)
+
+
+def shapes(module: Transformer | ScalarModel) -> Params:
+    """Shapes and shardings of a module's parameters, for restoring them."""
+    return jax.eval_shape(functools.partial(init_params, module), jax.random.key(0))
 
 
 def sized(config: ModelConfig, encoder: encode.Encoder) -> ModelConfig:
@@ -255,7 +272,7 @@ def pretrain_stage(context: Context, stage: str, sizes: ModelConfig) -> dict:
 
 def load_pretrained(context: Context, sizes: ModelConfig) -> Params:
     """M_pre of a size: of this run's pretrain stage, or of config.pretrain.checkpoint."""
-    like = init_params(Transformer(sized(sizes, context.encoder)), key_of(context.config, "shape"))
+    like = shapes(Transformer(sized(sizes, context.encoder)))
     if context.config.pretrain.checkpoint:
         path = Path(context.config.pretrain.checkpoint)
         if checkpoint.latest_step(path) is None:
@@ -329,6 +346,25 @@ def score_groups(
     return np.concatenate(out)[: len(groups)]
 
 
+def gap_scores(
+    context: Context, triples: Sequence[tuple[str, Sequence[int], Sequence[int]]], pairings: int = 1
+) -> np.ndarray:
+    """r_gap(x, y_1, y_2) of (x, y_1 ids, y_2 ids) without EOS, [len(triples) / pairings, pairings].
+
+    By R_PIT, or as r(x, y_1) - r(x, y_2) by R_P where the config says so (appendix C).
+    """
+    e = context.encoder
+    eos = e.tokenizer.eos_id
+    if context.config.r_pit.loss == "r_p_difference":
+        form = lambda x, y: [*e.policy_prompt(x), *y, eos]  # noqa: E731
+        groups = [(form(x, y1), form(x, y2)) for x, y1, y2 in triples]
+        scores = score_groups(model_of(context, "r_p"), load_model(context, "r_p"), groups)
+        return (scores[:, 0] - scores[:, 1]).reshape(-1, pairings)
+    rows = [[*e.pit_prompt(x, y2), *y1, eos] for x, y1, y2 in triples]
+    groups = [rows[i : i + pairings] for i in range(0, len(rows), pairings)]
+    return score_groups(model_of(context, "r_pit"), load_model(context, "r_pit"), groups)
+
+
 def reward_stage(
     context: Context,
     stage: str,
@@ -399,7 +435,7 @@ def model_of(context: Context, stage: str) -> Transformer | ScalarModel:
 
 def load_model(context: Context, stage: str) -> Params:
     """The parameters of a finished stage."""
-    return context.workdir.load_model(stage, init_params(model_of(context, stage), key_of(context.config, "shape")))
+    return context.workdir.load_model(stage, shapes(model_of(context, stage)))
 
 
 @functools.cache
@@ -463,7 +499,7 @@ class References:
         if source in ("policy", "pit"):
             self.policies = [load_model(context, "rl_policy")]
         elif source == "policy_checkpoint":
-            like = init_params(self.model, key_of(context.config, "shape"))
+            like = shapes(self.model)
             candidates = Candidates(context.workdir.candidates("rl_policy"))
             steps = sorted(candidates.all())[1:-1] or sorted(candidates.all())
             self.policies = [candidates.load(step, like) for step in steps]
@@ -487,15 +523,15 @@ class References:
 
 
 @dataclasses.dataclass(frozen=True)
-class RLBatch:
+class TextBatch:
     """Prompts of one iteration: arrays for the device, rows and ref_responses for the text metrics."""
 
-    prompts: PromptBatch
+    arrays: ppo.RLBatch
     rows: tuple[PreferenceExample, ...]
     references: tuple[tuple[int, ...], ...]
 
 
-def text_metrics(context: Context, rollout: Rollout, batch: RLBatch) -> dict:
+def text_metrics(context: Context, rollout: Rollout, batch: TextBatch) -> dict:
     """What only the text shows: the verifier's score (never trained on) and how often ref_response is copied."""
     responses = response_ids(rollout, context.encoder.tokenizer.eos_id)
     metrics = {}
@@ -525,7 +561,8 @@ def rl_stage(context: Context, stage: str, settings: PPOConfig, start: str, refe
     """
     config, e = context.config, context.encoder
     model = model_of(context, stage)
-    reward_name = "r_p" if references is None else "r_pit"
+    by_difference = references is not None and config.r_pit.loss == "r_p_difference"
+    reward_name = "r_p" if references is None or by_difference else "r_pit"
     scorer = model_of(context, reward_name)
     reward_params = load_model(context, reward_name)
     ref_params = load_model(context, "sft_policy" if references is None else "sft_pit")
@@ -535,33 +572,38 @@ def rl_stage(context: Context, stage: str, settings: PPOConfig, start: str, refe
     rows = context.rows["rl"]
     num_uses = 2 if references is not None and references.source == "data" else 1  # both y_l and y_w of each x
 
-    collect, update = _jitted_ppo(
-        model, scorer, optimizer, value_optimizer, settings, config.data.response_window, e.tokenizer.eos_id,
-        key_of(config, stage),
+    key = key_of(config, stage)
+    if by_difference:
+        score = functools.partial(ppo.difference_scores, scorer)
+    else:
+        score = lambda params, rollout, _: ppo.rollout_scores(scorer, params, rollout)  # noqa: E731
+    collect, update = ppo.make_ppo(
+        model, Transformer(model.config, sharding.DECODE_RULES), scorer, score, optimizer, value_optimizer, settings,
+        max_new_tokens=config.data.response_window, eos_id=e.tokenizer.eos_id,
     )  # fmt: skip
 
-    def batch_of(chosen_rows, use_chosen, key, turn) -> RLBatch:
+    def batch_of(chosen_rows, use_chosen, key, turn) -> TextBatch:
         refs = () if references is None else references(chosen_rows, use_chosen, key, turn)
-        if references is None:
-            prompts = [e.policy_prompt(r.prompt) for r in chosen_rows]
-        else:
-            prompts = [e.pit_prompt(r.prompt, y) for r, y in zip(chosen_rows, refs, strict=True)]
-        arrays = batches.prompt_rows(prompts, batches.round_up(window))
-        return RLBatch(arrays, tuple(chosen_rows), tuple(map(tuple, refs)))
+        plain = [e.policy_prompt(r.prompt) for r in chosen_rows]
+        pit_form = [e.pit_prompt(r.prompt, y) for r, y in zip(chosen_rows, refs, strict=False)]
+        arrays = ppo.RLBatch(batches.prompt_rows(pit_form or plain, batches.round_up(window)))
+        if by_difference:
+            policy_prompts = batches.prompt_rows(plain, batches.round_up(e.policy_window))
+            behind = sampling.append_ids(policy_prompts, refs, config.data.response_window, e.tokenizer.eos_id)
+            arrays = arrays._replace(policy_prompts=policy_prompts, references=behind)
+        return TextBatch(sharding.shard_batch(arrays), tuple(chosen_rows), tuple(map(tuple, refs)))
 
-    def batch_at(step: int) -> RLBatch:
+    def batch_at(step: int) -> TextBatch:
         numbers = batches.row_numbers(len(rows) * num_uses, settings.rollout_size, step, seed_of(config, stage))
-        key = jax.random.fold_in(key_of(config, f"{stage}/references"), step)
-        return batch_of([rows[n // num_uses] for n in numbers], [n % num_uses == 1 for n in numbers], key, step)
+        sampled = jax.random.fold_in(key_of(config, f"{stage}/references"), step)
+        return batch_of([rows[n // num_uses] for n in numbers], [n % num_uses == 1 for n in numbers], sampled, step)
 
     held = [context.rows["selection"][i % len(context.rows["selection"])] for i in range(settings.rollout_size)]
     validation = batch_of(held, [i % 2 == 1 for i in range(len(held))], key_of(config, f"{stage}/selection"), 0)
     candidates = Candidates(context.workdir.candidates(stage))
 
     def evaluate(state: ppo.PPOState, step: int) -> None:
-        experience, scores, _, metrics = collect(
-            state, ref_params, reward_params, sharding.shard_batch(validation.prompts)
-        )
+        experience, _, _, metrics = collect(state, ref_params, reward_params, validation.arrays, key)
         measured = {name: float(metrics[name][0] / metrics[name][1]) for name in ("kl", "score", "length")}
         texts = text_metrics(context, jax.device_get(experience.rollout), validation)
         measured |= {name: float(value / weight) for name, (value, weight) in texts.items()}
@@ -570,12 +612,10 @@ def rl_stage(context: Context, stage: str, settings: PPOConfig, start: str, refe
         if step:
             _show(context, stage, step, experience.rollout, validation)
 
-    def train_step(state, batch: RLBatch):
-        experience, _, statistics, metrics = collect(
-            state, ref_params, reward_params, sharding.shard_batch(batch.prompts)
-        )
+    def train_step(state, batch: TextBatch):
+        experience, _, statistics, metrics = collect(state, ref_params, reward_params, batch.arrays, key)
         rollout = jax.device_get(experience.rollout)
-        state, more = update(state, experience, statistics, metrics["kl"][0] / metrics["kl"][1])
+        state, more = update(state, experience, statistics, metrics["kl"][0] / metrics["kl"][1], key)
         return state, metrics | more | text_metrics(context, rollout, batch)  # texts are read while the update runs
 
     state = ppo.create(
@@ -610,33 +650,17 @@ def _updates(settings: PPOConfig) -> int:
     return settings.num_iterations * settings.num_epochs * settings.num_minibatches
 
 
-def _jitted_ppo(model, scorer, optimizer, value_optimizer, settings, max_new_tokens, eos_id, key):
-    return ppo.make_ppo(
-        model,
-        Transformer(model.config, sharding.DECODE_RULES),
-        scorer,
-        lambda params, rollout, _: ppo.rollout_scores(scorer, params, rollout),
-        optimizer,
-        value_optimizer,
-        settings,
-        max_new_tokens=max_new_tokens,
-        eos_id=eos_id,
-        key=key,
-    )
-
-
-def _show(context: Context, stage: str, step: int, rollout: Rollout, batch: RLBatch) -> None:
-    """Prints one answer and appends a few to samples/STAGE.jsonl."""
+def _show(context: Context, stage: str, step: int, rollout: Rollout, batch: TextBatch) -> None:
+    """Prints one answer and writes a few to samples/STAGE/STEP.jsonl."""
     e = context.encoder
     responses = response_ids(jax.device_get(rollout), e.tokenizer.eos_id)
-    path = context.workdir.root / "samples" / f"{stage}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as f:
-        for i in range(min(4, len(responses))):
-            line = {"step": step, "prompt": batch.rows[i].prompt, "response": e.text(responses[i])}
-            if batch.references:
-                line["ref_response"] = e.text(batch.references[i])
-            f.write(json.dumps(line, ensure_ascii=False) + "\n")
+    lines = []
+    for i in range(min(8, len(responses))):
+        line = {"prompt": batch.rows[i].prompt, "response": e.text(responses[i])}
+        if batch.references:
+            line["ref_response"] = e.text(batch.references[i])
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    write_text_atomic(context.workdir.root / "samples" / stage / f"{step}.jsonl", "".join(lines))
     i = step % len(responses)
     print(f"  [{stage} step {step}] {batch.rows[i].prompt}")
     if batch.references:

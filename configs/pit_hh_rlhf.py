@@ -1,0 +1,90 @@
+"""PIT on Anthropic's HH-RLHF, read from local files.
+
+    python -m pit_jax.train --config=configs/pit_hh_rlhf.py:small --config.data.path=FOLDER --workdir=runs/hh
+
+FOLDER holds .jsonl, .jsonl.gz or .jsonl.xz files of {"chosen", "rejected"} dialogues; a file does as well. `small`
+trains a decoder from scratch on what the folds hold: enough to run every stage on real pairs, far too little to write
+English.
+"""
+
+import dataclasses
+
+import ml_collections
+
+from pit_jax import config as c
+
+
+def get_config(variant: str = "small") -> ml_collections.ConfigDict:
+    """`variant`: small, or smoke: a small run of every stage."""
+    if variant not in ("small", "smoke"):
+        raise ValueError(f"configs/pit_hh_rlhf.py has no variant {variant!r}: use :small or :smoke")
+    model = c.ModelConfig(vocab_size=4096, num_layers=4, d_model=128, num_heads=4, num_kv_heads=2, mlp_dim=384)
+    adam = lambda rate, **kw: c.OptimizerConfig(learning_rate=rate, **kw)  # noqa: E731
+    decayed = lambda rate: adam(rate, schedule="cosine", warmup_fraction=0.05)  # noqa: E731
+    sft = c.SFTConfig(optimizer=decayed(1e-3), batch_size=16, num_epochs=2.0, loss_on_prompt=False)
+    reward = c.RewardModelConfig(optimizer=decayed(3e-4), batch_size=8, num_epochs=2.0, eval_every=25, save_every=25)
+    ppo = c.PPOConfig(
+        policy_optimizer=adam(1e-4, warmup_fraction=0.1),
+        value_optimizer=adam(3e-4),
+        num_iterations=8,
+        rollout_size=32,
+        num_epochs=1,
+        num_minibatches=2,
+        eval_every=4,
+        save_every=4,
+    )
+    config = c.PitConfig(
+        name="pit_hh_rlhf:small",
+        data=c.DataConfig(
+            source="file",
+            path="set --config.data.path=FOLDER",
+            format="hh_rlhf",
+            num_selection=128,
+            num_test=500,
+            prompt_window=256,
+            response_window=192,
+        ),
+        tokenizer=c.TokenizerConfig(vocab_size=4096),
+        policy_model=model,
+        pit_model=model,
+        reward_model=model,
+        pretrain=c.PretrainConfig(sft=dataclasses.replace(sft, num_epochs=8.0, loss_on_prompt=True)),
+        sft_policy=sft,
+        sft_pit=sft,
+        r_p=reward,
+        r_pit=reward,
+        evaluator=reward,
+        ppo=ppo,
+        ppo_pit=ppo,
+        evaluation=c.EvaluationConfig(num_prompts=128, batch_size=32, num_iterations=2, self_refine=False),
+    )
+    if variant == "smoke":
+        config = smoke(config)
+    return c.to_config_dict(config)
+
+
+def smoke(config: c.PitConfig) -> c.PitConfig:
+    """Every stage, a few steps each."""
+    r = dataclasses.replace
+    model = r(config.policy_model, num_layers=2, d_model=32, num_heads=2, num_kv_heads=1, head_dim=16, mlp_dim=64)
+    short = lambda s: r(s, num_steps=2, batch_size=4)  # noqa: E731
+    reward = lambda s: r(s, num_steps=2, batch_size=4, eval_every=2, save_every=2)  # noqa: E731
+    ppo = lambda s: r(s, num_iterations=1, rollout_size=8, eval_every=1, save_every=1)  # noqa: E731
+    return r(
+        config,
+        name="pit_hh_rlhf:smoke",
+        data=r(config.data, num_selection=16, num_test=16),
+        tokenizer=r(config.tokenizer, vocab_size=512),
+        policy_model=model,
+        pit_model=model,
+        reward_model=model,
+        pretrain=r(config.pretrain, sft=short(config.pretrain.sft)),
+        sft_policy=short(config.sft_policy),
+        sft_pit=short(config.sft_pit),
+        r_p=reward(config.r_p),
+        r_pit=reward(config.r_pit),
+        evaluator=reward(config.evaluator),
+        ppo=ppo(config.ppo),
+        ppo_pit=ppo(config.ppo_pit),
+        evaluation=r(config.evaluation, num_prompts=8, batch_size=8),
+    )
