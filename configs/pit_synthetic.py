@@ -42,7 +42,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         pit_model=model,
         reward_model=model,
         pretrain=c.PretrainConfig(
-            sft=sft(optimizer=adam(2e-3, schedule="cosine", warmup_fraction=0.05), num_steps=1800)
+            sft=sft(optimizer=adam(2e-3, schedule="cosine", warmup_fraction=0.05), num_steps=1600)
         ),
         sft_policy=sft(optimizer=adam(5e-4, schedule="cosine", warmup_fraction=0.05)),
         sft_pit=sft(optimizer=adam(5e-4, schedule="cosine", warmup_fraction=0.05)),

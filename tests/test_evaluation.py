@@ -144,7 +144,7 @@ def test_pair_accuracy_of_no_pairs_is_none_and_json():
 
 
 def test_gap_diagnostics_by_hand():
-    # Rows: wl + lw - ww - ll = 2 + (-4) + 1 + 1 = 0 and 4 - 2 - 0 + 2 = 4; wl - lw = 6, 6 and 10 for a third row.
+    # By row: wl + lw - ww - ll = 0, 4, 2 and wl - lw = 6, 6, 10.
     wl, ww, ll, lw = [2.0, 4.0, 6.0], [-1.0, 0.0, -1.0], [-1.0, -2.0, 1.0], [-4.0, -2.0, -4.0]
     result = agreement.gap_diagnostics(wl, ww, ll, lw)
     assert result["means"] == pytest.approx(
@@ -152,7 +152,7 @@ def test_gap_diagnostics_by_hand():
     )
     assert result["order_holds"] is True
     assert result["diagonal_offset"] == pytest.approx(-2 / 3)
-    # std of (6, 6, 10) = sqrt(32 / 9); the errors are 0, 4, 2.
+    # std of (6, 6, 10) = sqrt(32 / 9).
     assert result["antisymmetry_error"] == pytest.approx(2.0 / math.sqrt(32 / 9))
     assert result["quantiles"]["chosen_rejected"][result["quantile_levels"].index(0.5)] == 4.0
     assert list(result["means"]) == list(result["quantiles"])
@@ -302,6 +302,15 @@ def test_json_is_sorted_plain_and_replaced_as_a_whole(tmp_path):
     files.write_json_atomic(path, RESULTS)
     assert files.read_json(path) == RESULTS
     assert [p.name for p in path.parent.iterdir()] == ["results.json"]
+
+
+def test_a_reader_of_the_earlier_file_sees_all_of_it(tmp_path):
+    path = tmp_path / "results.json"
+    files.write_json_atomic(path, {"a": 1})
+    with open(path) as file:
+        files.write_json_atomic(path, {"a": 2})
+        assert json.load(file) == {"a": 1}
+    assert files.read_json(path) == {"a": 2}
 
 
 def test_a_failed_write_leaves_the_earlier_file(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboardX.proto import event_pb2
 
 from pit_jax import metrics
 
@@ -74,9 +75,6 @@ def test_tensorboard_hides_the_steps_that_are_written_again(tmp_path):
 
 def _events(directory):
     """(steps of session starts, (name, step, value)s) of all event files, in the order of their names."""
-    from tensorboardX.event_file_writer import EventsWriter  # noqa: F401  the same package wrote them
-    from tensorboardX.proto import event_pb2
-
     starts, scalars = [], []
     for path in sorted(directory.glob("events.*")):
         data, at = path.read_bytes(), 0
@@ -93,14 +91,14 @@ def _events(directory):
 def test_a_resumed_run_has_each_step_once(tmp_path):
     with metrics.MetricsWriter(tmp_path) as writer:
         _write(writer, "sft", range(1, 6))
-        _write(writer, "rm", range(1, 4))
+        _write(writer, "rm", range(1, 7))
     with metrics.MetricsWriter(tmp_path) as writer:  # the checkpoint of step 3 was restored
         writer.truncate("sft", 4)
         _write(writer, "sft", range(4, 8), value=2.0)
     lines = _lines(tmp_path)
     assert [x["step"] for x in lines if x["stage"] == "sft"] == [1, 2, 3, 4, 5, 6, 7]
     assert [x["loss"] for x in lines if x["stage"] == "sft"] == [1.0] * 3 + [2.0] * 4
-    assert [x["step"] for x in lines if x["stage"] == "rm"] == [1, 2, 3]
+    assert [x["step"] for x in lines if x["stage"] == "rm"] == [1, 2, 3, 4, 5, 6]
 
 
 def test_truncate_works_while_the_file_is_open(tmp_path):
@@ -111,12 +109,12 @@ def test_truncate_works_while_the_file_is_open(tmp_path):
     assert [x["step"] for x in _lines(tmp_path)] == [1, 2]
 
 
-@pytest.mark.parametrize("rest", ['{"stage": "sft", "step": 3, "lo', '{"stage": "sft", "step": 3}', "\ud7ff"[:1]])
+@pytest.mark.parametrize("rest", [b'{"stage": "sft", "step": 3, "lo', b'{"stage": "sft", "step": 3}', b"\xe2\x82"])
 def test_a_line_that_was_cut_short_is_dropped(tmp_path, rest):
     with metrics.MetricsWriter(tmp_path) as writer:
         _write(writer, "sft", [1, 2])
     with open(tmp_path / "metrics.jsonl", "ab") as file:
-        file.write(rest.encode()[:-1])
+        file.write(rest)
     with metrics.MetricsWriter(tmp_path) as writer:
         _write(writer, "sft", [3])
     assert [x["step"] for x in _lines(tmp_path)] == [1, 2, 3]
@@ -127,7 +125,7 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
         _write(writer, "sft", [1, 2])
     path = tmp_path / "metrics.jsonl"
     first, second = path.read_text().splitlines(keepends=True)
-    path.write_text(first + "\0\0\0\n" + "[1]\n" + second)
+    path.write_text(first + "\0\0\0\n" + second)
     with pytest.warns(UserWarning, match=r"metrics\.jsonl:2 is not a metrics line"):
         metrics.MetricsWriter(tmp_path).close()
     assert path.read_text() == first + second

@@ -6,6 +6,8 @@ it read before, whatever the generator's code has become meanwhile. This is the 
 `tensorflow_datasets`.
 """
 
+import contextlib
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,7 +106,9 @@ def write_synthetic(
         raise ValueError(f"{folder} already holds a data set: remove it or name another data_dir")
     splits = synthetic.make_splits(seed, size, num_selection, num_test, num_pretrain, failure_weights)
     builder = PitSynthetic(splits=splits, data_dir=str(data_dir))
-    builder.download_and_prepare()
+    tfds.disable_progress_bar()  # a dozen bars for a few seconds
+    with contextlib.redirect_stdout(io.StringIO()):  # "downloaded", where nothing is
+        builder.download_and_prepare()
     return Path(builder.data_path)
 
 

@@ -53,7 +53,7 @@ def run(
     start = 0
     if restored is not None:
         start, state = restored
-        writer.truncate(stage, start)
+        writer.truncate(stage, start + 1)  # the line of the checkpoint's step was written before it
     elif evaluate:
         writer.truncate(stage, 0)
         evaluate(state, 0)

@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,7 @@ def seed_of(config: PitConfig, purpose: str) -> int:
 def data_stage(context: Context) -> dict:
     """Writes rows and tokenizer, drops rows over the windows, and reports what a surface cue would get."""
     config, root = context.config, context.workdir.root / "data"
+    shutil.rmtree(root, ignore_errors=True)  # of a start that was killed: the stage is not done
     if config.data.source == "synthetic":
         builders.write_synthetic(
             root,
@@ -132,9 +134,11 @@ def data_stage(context: Context) -> dict:
     record: dict[str, Any] = {"steps": 0, "rows": {}, "over_length": {}, "skipped": counts}
     for name, split in raw.items():
         kept, dropped = encode.drop_over_length(split, encoder)
+        context.rows[name] = kept
         record["rows"][name] = len(kept)
         if dropped:
             record["over_length"][name] = dropped
+    context.encoder = encoder
     record["vocab_size"] = encoder.tokenizer.vocab_size
     if config.data.source == "synthetic":
         record["surface_baselines"] = synthetic.surface_baselines(raw["rm"] + raw["rl"], raw["sft"])
@@ -143,7 +147,7 @@ def data_stage(context: Context) -> dict:
         print(f"  rows of the source that were left out: {counts}")
     if "surface_baselines" in record:
         shares = ", ".join(f"{k} {v:.3f}" for k, v in record["surface_baselines"].items())
-        print(f"  y_w told from y_l without the prompt: {shares}")
+        print(f"  y_w told from y_l without the prompt: {shares}", flush=True)
     empty = [name for name in ("sft", "rm", "rl", "selection", "test") if not record["rows"][name]]
     if empty:
         raise ValueError(f"no rows are left in {', '.join(empty)}: widen config.data.*_window or give more rows")
@@ -203,7 +207,12 @@ def likelihood_stage(
     rng = np.random.default_rng(seed_of(context.config, f"{stage}/order"))
     order = rng.permutation(len(rows))
     rows = [rows[i] for i in order]
+    over_length = 0
     if settings.sequence_length and not unlikely:
+        fitting = [(p, r) for p, r in rows if len(p) + len(r) <= settings.sequence_length]
+        over_length, rows = len(rows) - len(fitting), fitting
+        if over_length:
+            print(f"  {over_length} of {len(order)} rows are longer than {settings.sequence_length} tokens and dropped")
         arrays = batches.packed_rows(rows, settings.sequence_length, loss_on_prompt=loss_on_prompt)
     else:
         length = batches.round_up(max(len(p) + len(r) for p, r in (*rows, *unlikely)))
@@ -230,7 +239,7 @@ def likelihood_stage(
         save_every=settings.save_every,
     )
     context.workdir.save_model(stage, state.params)
-    return {"steps": num_steps, "rows": len(rows), "sequences": num_sequences}
+    return {"steps": num_steps, "rows": len(rows), "sequences": num_sequences, "over_length": over_length}
 
 
 def pretraining_rows(context: Context) -> list[tuple[list[int], list[int]]]:
@@ -618,9 +627,10 @@ def rl_stage(context: Context, stage: str, settings: PPOConfig, start: str, refe
         state, more = update(state, experience, statistics, metrics["kl"][0] / metrics["kl"][1], key)
         return state, metrics | more | text_metrics(context, rollout, batch)  # texts are read while the update runs
 
-    state = ppo.create(
-        load_model(context, start), load_model(context, reward_name), optimizer, value_optimizer, settings.kl_coef
-    )
+    # The value model starts as the reward model, with a head of zeros: rewards are normalised, raw scores are not.
+    value_params = {"params": {k: jax.tree.map(jnp.zeros_like, v) if k != "backbone" else v for k, v in
+                               load_model(context, reward_name)["params"].items()}}  # fmt: skip
+    state = ppo.create(load_model(context, start), value_params, optimizer, value_optimizer, settings.kl_coef)
     struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)  # noqa: E731
     policy_like = jax.tree.map(struct, state.policy.params)
     loop.run(

@@ -1,0 +1,79 @@
+"""Runs `pit_jax.train` and kills it with SIGKILL at a named point: python tests/killed_train.py POINT FLAGS...
+
+Points: rollout (while the second rollout of a stage is sampled), update (while the second update runs), rounds
+(between two rounds of the curriculum), save (a checkpoint is written but has not got its name yet).
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+
+from pit_jax import train
+from pit_jax.learners import ppo
+from pit_jax.pipelines import stages
+
+
+def die() -> None:
+    """As a power cut would: no handler runs, nothing is flushed."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_within(call: int, function):
+    """`function`, whose call number `call` is killed a moment after it began."""
+    calls = 0
+
+    def run(*args):
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            threading.Thread(target=lambda: (time.sleep(0.002), die()), daemon=True).start()
+            result = function(*args)
+            jax.block_until_ready(result)
+            time.sleep(1)  # the program was quicker than the killer: it still dies before it can go on
+        return function(*args)
+
+    return run
+
+
+def main() -> None:
+    """Patches one point, then runs the real command."""
+    point = sys.argv.pop(1)
+    if point in ("rollout", "update"):
+        make_ppo = ppo.make_ppo
+
+        def patched(*args, **kwargs):
+            collect, update = make_ppo(*args, **kwargs)
+            # collect is called once for the candidate at step 0, then for each iteration
+            return (die_within(3, collect), update) if point == "rollout" else (collect, die_within(2, update))
+
+        ppo.make_ppo = patched
+    elif point == "rounds":
+        finish = stages.Workdir.finish
+
+        def finish_and_die(self, stage, record):
+            finish(self, stage, record)
+            if stage == "rl_pit_1":
+                die()
+
+        stages.Workdir.finish = finish_and_die
+    elif point == "save":
+        rename = os.rename
+
+        def rename_or_die(source, target, *args, **kwargs):
+            if Path(target).parent.name == "rl_policy" and Path(target).parent.parent.name == "checkpoints":
+                die()
+            return rename(source, target, *args, **kwargs)
+
+        os.rename = os.replace = rename_or_die
+    else:
+        raise SystemExit(f"no such point: {point}")
+    train.run()
+
+
+if __name__ == "__main__":
+    main()

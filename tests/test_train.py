@@ -1,0 +1,212 @@
+"""The real command: every stage of the smoke variant, resume after kill -9, and what a user's mistakes print."""
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CONFIG = "configs/pit_synthetic.py:smoke"
+
+
+def train(workdir, *flags, config=CONFIG, program=("-m", "pit_jax.train"), cache=None):
+    """Runs the command in a process of its own."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    if cache:
+        environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+    command = [sys.executable, *program, f"--config={config}", f"--workdir={workdir}", *flags]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """One compilation cache for all runs."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, cache):
+    """A finished smoke run and what it printed."""
+    workdir = tmp_path_factory.mktemp("run") / "smoke"
+    result = train(workdir, cache=cache)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return workdir, result.stdout
+
+
+@pytest.fixture(scope="module")
+def until_rl(finished, tmp_path_factory):
+    """A copy of the run as it was before RL."""
+    workdir = tmp_path_factory.mktemp("until_rl") / "smoke"
+    shutil.copytree(finished[0], workdir)
+    for name in ("rl_policy", "rl_pit_1", "rl_pit_2", "evaluate"):
+        for folder in ("checkpoints", "candidates", "models", "samples"):
+            shutil.rmtree(workdir / folder / name, ignore_errors=True)
+        (workdir / "stages" / f"{name}.json").unlink()
+    (workdir / "results.json").unlink()
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    kept = [line for line in lines if not json.loads(line)["stage"].startswith("rl_")]
+    (workdir / "metrics.jsonl").write_text("".join(line + "\n" for line in kept))
+    return workdir
+
+
+def contents(workdir):
+    """Everything that must be bitwise equal: all arrays, the metrics without times, the numbers of the tables."""
+    from pit_jax import checkpoint
+
+    arrays = {}
+    for directory in sorted(workdir.glob("models/*")) + sorted(workdir.glob("checkpoints/rl_*")):
+        for step in checkpoint.all_steps(directory):
+            for path, x in _leaves(directory, step):
+                arrays[f"{directory.name}/{step}/{path}"] = x
+    metrics = {}
+    for line in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()):
+        key = line["stage"], line["step"], "selection/score" in line or "selection/accuracy" in line
+        assert key not in metrics, f"{key} is logged twice"
+        metrics[key] = {k: v for k, v in line.items() if k not in ("time", "seconds")}
+    results = json.loads((workdir / "results.json").read_text())
+    for stage in results["stages"].values():
+        del stage["seconds"]
+    return arrays, metrics, results
+
+
+def _leaves(directory, step):
+    """(path, shape, type and checksum) of a checkpoint's leaves, from its manifest."""
+    manifest = json.loads((directory / str(step) / "manifest.json").read_text())
+    return sorted((path, json.dumps(leaf)) for path, leaf in manifest.items())
+
+
+def test_the_run_leaves_everything_behind(finished):
+    workdir, printed = finished
+    results = json.loads((workdir / "results.json").read_text())
+    for name in ("pit_vs_original", "original_vs_chosen", "first_rl_only_vs_original", "rl_vs_sft", "fresh_vs_original",
+                 "pit_shuffled_vs_original"):  # fmt: skip
+        for judge in ("verifier", "evaluator"):
+            summary = results["comparisons"][name][judge]
+            assert set(summary) == {"win", "lose", "tie", "delta", "low", "high", "n"}
+            assert summary["win"] + summary["lose"] + summary["tie"] == pytest.approx(1)
+            assert summary["delta"] == pytest.approx(summary["win"] - summary["lose"])
+    assert set(results["reward_models"]["r_pit"]["gaps"]) == {
+        "chosen_rejected", "chosen_chosen", "rejected_rejected", "rejected_chosen",
+    }  # fmt: skip
+    for key in ("accuracy", "n", "policy_accuracy", "policy_n"):
+        assert key in results["reward_models"]["r_pit"] and key in results["reward_models"]["r_p"]
+    for stage in ("data", "pretrain", "sft_policy", "sft_pit", "r_p", "r_pit", "evaluator", "rl_policy", "rl_pit_1"):
+        assert results["stages"][stage]["seconds"] > 0
+    assert "second_rl_only" in results["missing"]["second_rl_only_vs_original"]
+    assert "arms=second_rl_only" in printed
+    assert (workdir / "samples" / "test.jsonl").exists() and list((workdir / "tensorboard").rglob("events*"))
+    assert not list(workdir.rglob("*.pkl")) + list(workdir.rglob("*.pickle"))
+
+
+def test_every_number_of_the_comparisons_follows_from_the_samples(finished):
+    workdir, _ = finished
+    results = json.loads((workdir / "results.json").read_text())
+    rows = [json.loads(line) for line in (workdir / "samples" / "test.jsonl").read_text().splitlines()]
+    scores = {name: np.asarray([r["scores"]["verifier"][name] for r in rows]) for name in ("pit", "original")}
+    summary = results["comparisons"]["pit_vs_original"]["verifier"]
+    assert summary["win"] == pytest.approx(np.mean(scores["pit"] > scores["original"]))
+    assert summary["lose"] == pytest.approx(np.mean(scores["pit"] < scores["original"]))
+    assert summary["n"] == len(rows)
+
+
+def test_a_second_start_says_that_all_is_done(finished, cache):
+    workdir, _ = finished
+    before = contents(workdir)
+    result = train(workdir, cache=cache)
+    assert result.returncode == 0 and "All stages were done before" in result.stdout
+    assert "PIT" in result.stdout.upper() and contents(workdir) == before
+
+
+@pytest.mark.parametrize("point", ["rollout", "update", "rounds", "save"])
+def test_a_killed_run_resumes_bitwise(point, finished, until_rl, cache, tmp_path):
+    workdir = tmp_path / "smoke"
+    shutil.copytree(until_rl, workdir)
+    killed = train(workdir, cache=cache, program=("tests/killed_train.py", point))
+    assert killed.returncode == -9, killed.stderr[-2000:]
+    assert not (workdir / "results.json").exists()
+    resumed = train(workdir, cache=cache)
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    ours, theirs = contents(workdir), contents(finished[0])
+    assert ours[0].keys() == theirs[0].keys()
+    assert [name for name in ours[0] if ours[0][name] != theirs[0][name]] == []
+    assert ours[1] == theirs[1]
+    assert ours[2] == theirs[2]
+
+
+def test_another_config_is_refused(finished, cache):
+    result = train(finished[0], "--config.ppo.kl_coef=0.5", cache=cache)
+    assert result.returncode == 2
+    assert "config.ppo.kl_coef: 0.03 -> 0.5" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_misspelt_field_names_the_nearest(tmp_path):
+    result = train(tmp_path / "w", "--config.ppo.kl_cof=0.5")
+    assert result.returncode != 0
+    assert "kl_coef" in result.stderr and not (tmp_path / "w").exists()
+
+
+def test_a_value_of_another_type_is_refused(tmp_path):
+    result = train(tmp_path / "w", "--config.ppo.kl_coef=much")
+    assert result.returncode != 0 and "kl_coef" in result.stderr
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_stage_needs_the_ones_before(tmp_path):
+    result = train(tmp_path / "w", "--stage=r_pit")
+    assert result.returncode == 2 and "--stage=r_pit needs data, pretrain" in result.stderr
+    result = train(tmp_path / "w2", "--stage=r_pot")
+    assert result.returncode == 2 and "rl_policy" in result.stderr
+
+
+def test_nan_stops_the_run_and_keeps_the_last_checkpoint(finished, cache, tmp_path):
+    workdir = tmp_path / "w"
+    flags = ("--config.pretrain.sft.optimizer.learning_rate=1e30", "--config.pretrain.sft.save_every=1")
+    result = train(workdir, *flags, cache=cache)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "stage pretrain" in result.stderr and "not finite at step" in result.stderr
+    from pit_jax import checkpoint
+
+    step = checkpoint.latest_step(workdir / "checkpoints" / "pretrain")
+    assert step is not None and f"checkpoint of step {step}" in result.stderr
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert max(line["step"] for line in lines) == step and all(np.isfinite(line["loss"]) for line in lines)
+
+
+def dialogue(i, answer):
+    return f"\n\nHuman: question number {i} about tea?\n\nAssistant: {answer}"
+
+
+def test_hh_rlhf_smoke_runs_all_stages(tmp_path, cache):
+    lines = [
+        {"chosen": dialogue(i, f"A good answer {i} is to boil the water."), "rejected": dialogue(i, f"No. {i % 7}")}
+        for i in range(160)
+    ]
+    path = tmp_path / "rows.jsonl.gz"
+    with gzip.open(path, "wt", encoding="utf-8") as f:
+        f.writelines(json.dumps(line) + "\n" for line in lines)
+    result = train(
+        tmp_path / "w", f"--config.data.path={path}", "--config.data.prompt_window=32",
+        "--config.data.response_window=24", config="configs/pit_hh_rlhf.py:smoke", cache=cache,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    results = json.loads((tmp_path / "w" / "results.json").read_text())
+    assert set(results["comparisons"]["pit_vs_original"]) == {"evaluator"}
+
+
+def test_bad_rows_are_named_before_any_training(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    good = json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"})
+    path.write_text(good + "\n" + json.dumps({"prompt": "a", "chosen": "b"}) + "\n")
+    result = train(tmp_path / "w", f"--config.data.path={path}", "--config.data.format=jsonl",
+                   config="configs/pit_hh_rlhf.py:smoke")  # fmt: skip
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "rows.jsonl, line 2" in result.stderr and "'rejected'" in result.stderr
+    assert not (tmp_path / "w" / "checkpoints").exists()
+    result = train(tmp_path / "w2", config="configs/pit_hh_rlhf.py:small")
+    assert result.returncode == 2 and "no such file" in result.stderr
