@@ -23,11 +23,11 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         save_every=100,
     )  # fmt: skip
     ppo = c.PPOConfig(
-        policy_optimizer=adam(2e-4, warmup_fraction=0.05),
-        value_optimizer=adam(5e-4),
+        policy_optimizer=adam(3e-4, warmup_fraction=0.05),
+        value_optimizer=adam(1e-3),
         num_iterations=40,
         rollout_size=128,
-        num_epochs=2,
+        num_epochs=1,
         num_minibatches=4,
         kl_coef=0.03,
         eval_every=10,
@@ -36,13 +36,15 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config = c.PitConfig(
         name="pit_synthetic",
         data=c.DataConfig(
-            size=13_000, num_test=640, num_pretrain=60_000, prompt_window=44, response_window=36, reflection_window=52
+            size=13_000, num_test=640, num_pretrain=72_000, prompt_window=44, response_window=36, reflection_window=52
         ),
         policy_model=model,
         pit_model=model,
         reward_model=model,
         pretrain=c.PretrainConfig(
-            sft=sft(optimizer=adam(2e-3, schedule="cosine", warmup_fraction=0.05), num_steps=1600)
+            sft=sft(optimizer=adam(2e-3, schedule="cosine", warmup_fraction=0.05), num_steps=2000),
+            reflection_share=0.35,
+            refinement_share=0.1,
         ),
         sft_policy=sft(optimizer=adam(5e-4, schedule="cosine", warmup_fraction=0.05)),
         sft_pit=sft(optimizer=adam(5e-4, schedule="cosine", warmup_fraction=0.05)),

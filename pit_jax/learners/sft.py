@@ -1,5 +1,6 @@
 """Likelihood training: M_pre, and the supervised fine-tuning of M_P and M_PIT (PIT section 3.2)."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -26,32 +27,57 @@ class SFTBatch(NamedTuple):
     unlikely: TokenBatch | None = None
 
 
-def row_log_probs(model: Transformer, params: Params, batch: TokenBatch, chunk_size: int = 0) -> tuple[Array, Array]:
-    """(log-probs, mask), both [B, T - 1]: of token t + 1 given the ones up to t, where it is a training target."""
+def row_log_probs(
+    model: Transformer, params: Params, batch: TokenBatch, *, num_targets: int = 0, chunk_size: int = 0
+) -> tuple[Array, Array]:
+    """Log-probs of the training targets given what stands before them.
+
+    Args:
+      model, params: the decoder.
+      batch: rows.
+      num_targets: at most so many targets are in any row, so the unembedding is applied to that many positions only
+        (answers are a fifth of pretraining text); 0: to all positions.
+      chunk_size: see `token_log_probs`.
+
+    Returns:
+      (log-probs, mask), both [B, num_targets], or [B, T - 1] for token t + 1.
+    """
     hidden, _ = model.apply(params, batch.tokens, batch.segments, batch.positions)
+    hidden, targets, mask = hidden[:, :-1], batch.tokens[:, 1:], batch.loss_mask[:, 1:]
+    if 0 < num_targets < mask.shape[1]:
+        # Targets first, in order; a stable sort keeps padding out of reach of the mask.
+        places = jnp.argsort(~mask, axis=1, stable=True)[:, :num_targets]
+        hidden, targets, mask = (jax.vmap(lambda row, at: row[at])(x, places) for x in (hidden, targets, mask))
     log_probs, _ = token_log_probs(
         lambda h: model.apply(params, h, method=Transformer.logits),
-        hidden[:, :-1],
-        batch.tokens[:, 1:],
+        hidden,
+        targets,
         chunk_size=chunk_size or None,
         with_entropy=False,
     )
-    return log_probs, batch.loss_mask[:, 1:]
+    return log_probs, mask
 
 
 def sft_loss(
-    params: Params, batch: SFTBatch, *, model: Transformer, unlikelihood: float = 0.0, chunk_size: int = 0
+    params: Params,
+    batch: SFTBatch,
+    *,
+    model: Transformer,
+    unlikelihood: float = 0.0,
+    num_targets: int = 0,
+    chunk_size: int = 0,
 ) -> tuple[tuple[Array, Array], Metrics]:
     """-sum log M(y | x), the L^SFT of section 3.2, with the unlikelihood terms at weight `unlikelihood`.
 
     Returns:
       ((sum over tokens, number of target tokens), metrics).
     """
-    log_probs, mask = row_log_probs(model, params, batch.likely, chunk_size)
+    read = functools.partial(row_log_probs, model, params, num_targets=num_targets, chunk_size=chunk_size)
+    log_probs, mask = read(batch.likely)
     per_row, metrics = likelihood.negative_log_likelihood(log_probs, mask)
     total, weight = jnp.sum(per_row), jnp.sum(mask.astype(jnp.float32))
     if unlikelihood and batch.unlikely is not None:
-        log_probs, mask = row_log_probs(model, params, batch.unlikely, chunk_size)
+        log_probs, mask = read(batch.unlikely)
         per_row, more = likelihood.unlikelihood(log_probs, mask)
         total, metrics = total + unlikelihood * jnp.sum(per_row), metrics | more
     return (total, weight), metrics
@@ -62,13 +88,14 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     unlikelihood: float = 0.0,
+    num_targets: int = 0,
     chunk_size: int = 0,
     accumulation: int = 1,
 ) -> Callable[[TrainState, SFTBatch], tuple[TrainState, Metrics]]:
-    """The jitted step; the state is donated."""
-
-    def loss(params, batch):
-        return sft_loss(params, batch, model=model, unlikelihood=unlikelihood, chunk_size=chunk_size)
+    """The jitted step; the state is donated. Arguments as in `sft_loss`, `row_log_probs` and `gradients`."""
+    loss = functools.partial(
+        sft_loss, model=model, unlikelihood=unlikelihood, num_targets=num_targets, chunk_size=chunk_size
+    )
 
     def train_step(state: TrainState, batch: SFTBatch):
         grads, metrics = gradients(loss, state.params, batch, accumulation)

@@ -221,11 +221,12 @@ def likelihood_stage(
     if unlikely:  # the three rows of section 3.2 for each likely one, side by side
         data = sft.SFTBatch(arrays, batches.token_rows([unlikely[i] for i in order], length))
     num_sequences = len(arrays.tokens)
+    num_targets = batches.round_up(max(int(b.loss_mask.sum(1).max()) for b in data if b is not None), 16)
     num_steps = settings.num_steps or max(1, round(settings.num_epochs * num_sequences / settings.batch_size))
     model = Transformer(sized(sizes, context.encoder))
     optimizer = optimizers.make_optimizer(settings.optimizer, num_steps)
     train_step = sft.make_train_step(
-        model, optimizer, unlikelihood=settings.unlikelihood, chunk_size=settings.chunk_size,
+        model, optimizer, unlikelihood=settings.unlikelihood, num_targets=num_targets, chunk_size=settings.chunk_size,
         accumulation=settings.accumulation,
     )  # fmt: skip
     state = loop.run(
