@@ -34,7 +34,8 @@ def main(argv: list[str]) -> None:
     try:
         config = config_lib.from_config_dict(config_lib.PitConfig, _CONFIG.value)
         finished = workdir.joinpath("stages", "evaluate.json").exists()
-        pit.run(config, workdir, pit_evaluation.evaluate, _STAGE.value)
+        command = " ".join(["python -m pit_jax.train", *(a for a in sys.argv[1:] if not a.startswith("--stage"))])
+        pit.run(config, workdir, pit_evaluation.evaluate, _STAGE.value, command)
     except (DataError, NonFiniteError, ValueError) as error:
         if flags.FLAGS["v"].value > 0:
             raise

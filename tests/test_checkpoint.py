@@ -1,5 +1,4 @@
 import os
-import pickle
 import shutil
 import signal
 import subprocess
@@ -260,7 +259,7 @@ def test_nothing_is_pickled(tmp_path, monkeypatch):
 
     tree = _tree(1)
     for name in ("dump", "dumps", "load", "loads", "Pickler", "Unpickler"):
-        monkeypatch.setattr(pickle, name, refuse)
+        monkeypatch.setattr(f"pickle.{name}", refuse)
     checkpoint.save(tmp_path, 1, tree)
     _assert_same(checkpoint.restore(tmp_path, 1, tree), tree)
     monkeypatch.undo()

@@ -38,11 +38,11 @@ class Encoder:
         """Human: {x}Assistant:<<Candidate>> {y_ref}<<Improved>> (appendix A); y_ref as text or as sampled ids."""
         return templates.fill(self.tokenizer, self._templates["pit"], prompt=prompt, ref_response=ref_response)
 
-    def reflection_prompt(self, prompt: str, response: str) -> list[int]:
+    def reflection_prompt(self, prompt: str, response: str | Sequence[int]) -> list[int]:
         """Self-Refine's request for feedback (appendix E.1)."""
         return templates.fill(self.tokenizer, self._templates["reflection"], prompt=prompt, response=response)
 
-    def refinement_prompt(self, prompt: str, response: str, feedback: str) -> list[int]:
+    def refinement_prompt(self, prompt: str, response: str | Sequence[int], feedback: str | Sequence[int]) -> list[int]:
         """Self-Refine's request for a better answer (appendix E.1)."""
         fields = dict(prompt=prompt, response=response, feedback=feedback)
         return templates.fill(self.tokenizer, self._templates["refinement"], **fields)

@@ -51,7 +51,7 @@ def evaluate(context: pit.Context) -> dict:
         "self_refine": parsed,
         "stages": _stage_records(context),
         "missing": {
-            f"{arm}_vs_{other}": f"--config.arms={arm}"
+            f"{arm}_vs_{other}": f"{context.command} --config.arms={arm}"
             for arm, stage in ARM_STAGES.items()
             if context.workdir.done(stage) is None
             for other in ("original", "pit")

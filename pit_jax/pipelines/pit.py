@@ -55,6 +55,7 @@ class Context:
       config: of the run.
       workdir: where everything lies.
       writer: of metrics.
+      command: what the user typed to start the run, for messages.
       rows: split -> rows that fit the windows; filled by the data stage.
       encoder: text to ids; filled by the data stage.
     """
@@ -62,6 +63,7 @@ class Context:
     config: PitConfig
     workdir: Workdir
     writer: MetricsWriter
+    command: str = "python -m pit_jax.train --config=... --workdir=..."
     rows: dict[str, list[PreferenceExample]] = dataclasses.field(default_factory=dict)
     encoder: encode.Encoder | None = None
 
@@ -708,7 +710,13 @@ def stage_functions(context: Context) -> dict[str, Callable[[], dict]]:
     return functions
 
 
-def run(config: PitConfig, root: str | Path, evaluate: Callable[[Context], dict], only: str | None = None) -> Context:
+def run(
+    config: PitConfig,
+    root: str | Path,
+    evaluate: Callable[[Context], dict],
+    only: str | None = None,
+    command: str = Context.command,
+) -> Context:
     """Runs all stages that are not done, or only the one named.
 
     Args:
@@ -716,6 +724,7 @@ def run(config: PitConfig, root: str | Path, evaluate: Callable[[Context], dict]
       root: the workdir.
       evaluate: the last stage; evaluation lies to the right of pipelines, so it is handed in.
       only: a stage name.
+      command: what the user typed, for messages.
 
     Raises:
       ValueError: for an unknown stage, or one whose earlier stages are not done.
@@ -726,7 +735,10 @@ def run(config: PitConfig, root: str | Path, evaluate: Callable[[Context], dict]
     workdir = Workdir(root, config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
     with jax.set_mesh(mesh):
-        context = Context(config, workdir, MetricsWriter(workdir.root))
+        context = Context(config, workdir, MetricsWriter(workdir.root), command)
+        evaluated = workdir.done("evaluate")
+        if evaluated and set(config.arms) - set(evaluated["arms"]):
+            workdir.forget("evaluate")  # an arm was added: the tables get its rows
         functions = stage_functions(context) | {"evaluate": lambda: evaluate(context)}
         for name in names if only is None else [only]:
             lacking = [earlier for earlier in names[: names.index(name)] if workdir.done(earlier) is None]

@@ -38,15 +38,13 @@ def refine(
     eos, size = e.tokenizer.eos_id, config.evaluation.batch_size
     temperature = config.evaluation.temperature
 
-    prompts = [e.reflection_prompt(r.prompt, e.text(y)) for r, y in zip(rows, responses, strict=True)]
+    prompts = [e.reflection_prompt(r.prompt, y) for r, y in zip(rows, responses, strict=True)]
     analyses = pit.sample(
         model, params, prompts, pit.key_of(config, f"{name}/reflect"), window=e.reflection_prompt_window,
         settings=SamplingConfig(config.data.reflection_window, temperature), eos_id=eos, batch_size=size,
     )  # fmt: skip
     parsed = [0 < len(a) < config.data.reflection_window for a in analyses]
-    prompts = [
-        e.refinement_prompt(r.prompt, e.text(y), e.text(a)) for r, y, a in zip(rows, responses, analyses, strict=True)
-    ]
+    prompts = [e.refinement_prompt(r.prompt, y, a) for r, y, a in zip(rows, responses, analyses, strict=True)]
     refined = pit.sample(
         model, params, prompts, pit.key_of(config, f"{name}/refine"), window=e.refinement_prompt_window,
         settings=SamplingConfig(config.data.response_window, temperature), eos_id=eos, batch_size=size,

@@ -70,6 +70,10 @@ class Workdir:
         """Marks a stage as done."""
         write_json_atomic(self.root / "stages" / f"{stage}.json", record)
 
+    def forget(self, stage: str) -> None:
+        """Takes the mark of a stage away, so that it runs again."""
+        (self.root / "stages" / f"{stage}.json").unlink()
+
     def save_model(self, stage: str, params: Params) -> None:
         """Leaves the parameters of a stage behind."""
         checkpoint.save(self.root / "models" / stage, 0, params, keep=1)
