@@ -41,6 +41,9 @@ def main(argv: list[str]) -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on from the last checkpoint in {workdir}", file=sys.stderr)
+        sys.exit(130)
     tables = workdir / "tables.txt"
     if tables.exists() and _STAGE.value in (None, "evaluate"):
         print(("All stages were done before.\n" if finished else "") + "\n" + tables.read_text(encoding="utf-8"))

@@ -147,7 +147,7 @@ def test_gap_diagnostics_by_hand():
     # By row: wl + lw - ww - ll = 0, 4, 2 and wl - lw = 6, 6, 10.
     wl, ww, ll, lw = [2.0, 4.0, 6.0], [-1.0, 0.0, -1.0], [-1.0, -2.0, 1.0], [-4.0, -2.0, -4.0]
     result = agreement.gap_diagnostics(wl, ww, ll, lw)
-    assert result["means"] == pytest.approx(
+    assert result["gaps"] == pytest.approx(
         {"chosen_rejected": 4.0, "chosen_chosen": -2 / 3, "rejected_rejected": -2 / 3, "rejected_chosen": -10 / 3}
     )
     assert result["order_holds"] is True
@@ -155,7 +155,7 @@ def test_gap_diagnostics_by_hand():
     # std of (6, 6, 10) = sqrt(32 / 9).
     assert result["antisymmetry_error"] == pytest.approx(2.0 / math.sqrt(32 / 9))
     assert result["quantiles"]["chosen_rejected"][result["quantile_levels"].index(0.5)] == 4.0
-    assert list(result["means"]) == list(result["quantiles"])
+    assert list(result["gaps"]) == list(result["quantiles"])
     json.dumps(result, allow_nan=False)
 
 
@@ -282,7 +282,7 @@ def test_csv_holds_the_full_numbers(tmp_path):
     assert {key: float(x) for key, x in rows[0].items() if key in SUMMARY} == SUMMARY
     with open(paths[2], newline="") as file:
         values = {(r["model"], r["name"]): r["value"] for r in csv.DictReader(file)}
-    assert float(values["r_pit", "means.chosen_rejected"]) == 2.5
+    assert float(values["r_pit", "gaps.chosen_rejected"]) == 2.5
     assert values["r_pit", "policy_accuracy"] == ""
 
 

@@ -70,7 +70,7 @@ def gap_diagnostics(wl: Array, ww: Array, ll: Array, lw: Array) -> dict:
       lw: [n], r_gap(x, y_l, y_w).
 
     Returns:
-      means: pairing -> mean gap.
+      gaps: pairing -> mean gap.
       order_holds: whether the means obey Equation 1, wl > ww and ll > lw.
       quantiles: pairing -> gaps at `quantile_levels`, the distributions of Figure 2.
       quantile_levels: in 0..1.
@@ -89,7 +89,7 @@ def gap_diagnostics(wl: Array, ww: Array, ll: Array, lw: Array) -> dict:
     means = {name: float(np.mean(gaps)) for name, gaps in zip(PAIRING_NAMES, columns, strict=True)}
     diagonal = means["chosen_chosen"], means["rejected_rejected"]
     return {
-        "means": means,
+        "gaps": means,
         "order_holds": means["chosen_rejected"] > max(diagonal) and min(diagonal) > means["rejected_chosen"],
         "quantile_levels": list(QUANTILE_LEVELS),
         "quantiles": {

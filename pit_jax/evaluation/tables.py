@@ -34,7 +34,7 @@ def render(results: dict) -> str:
 def write_csv(results: dict, directory: Path | str) -> list[Path]:
     """Writes comparisons.csv, answers.csv, reward_models.csv and stages.csv; shares in 0..1, empty cells for None.
 
-    reward_models.csv has one line per number: model, name ("means.chosen_rejected"), value.
+    reward_models.csv has one line per number: model, name ("gaps.chosen_rejected"), value.
 
     Returns:
       The files that were written: one per key of `results` that is not empty.
@@ -110,8 +110,8 @@ def _reward_models(models: dict) -> str:
                 part = {k: row.get(prefix + k) for k in ("accuracy", "low", "high", "n")}
                 count = "-" if part["n"] is None else str(part["n"])
                 rows.append([name, pairs, _percent(part["accuracy"]), _interval(part), count])
-        if "means" in row:
-            means = ", ".join(f"{_words(pairing)} {mean:+.3f}" for pairing, mean in row["means"].items())
+        if "gaps" in row:
+            means = ", ".join(f"{_words(pairing)} {mean:+.3f}" for pairing, mean in row["gaps"].items())
             holds = "hold" if row["order_holds"] else "do NOT hold"
             notes.append(f"{name}, mean gaps (Figure 2): {means}; they {holds} the order of Equation 1.")
             notes.append(

@@ -54,9 +54,10 @@ def run(
     if restored is not None:
         start, state = restored
         writer.truncate(stage, start + 1)  # the line of the checkpoint's step was written before it
-    elif evaluate:
+    else:
         writer.truncate(stage, 0)
-        evaluate(state, 0)
+        if evaluate:
+            evaluate(state, 0)
 
     pending: tuple[int, Metrics] | None = None
     clock = time.perf_counter()
