@@ -66,7 +66,9 @@ def gradients(
         pieces = jax.tree.map(split, batch)
         first = jax.tree.map(lambda x: x[0], pieces)
         shapes = jax.eval_shape(lambda p, b: jax.grad(total, has_aux=True)(p, b), params, first)
-        start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding.spec), shapes)
+        # A weight that is a constant, such as a number of rows, has no sharding.
+        spec = lambda s: s.sharding and s.sharding.spec  # noqa: E731
+        start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=spec(s)), shapes)
 
         def add(carry, piece):
             return jax.tree.map(jnp.add, carry, jax.grad(total, has_aux=True)(params, piece)), None

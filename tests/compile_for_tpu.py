@@ -1,0 +1,97 @@
+"""Compiles every learner's step for TPU v4:2x2x1 with the real compiler, on a machine without a TPU.
+
+    python tests/compile_for_tpu.py DATA MODEL DTYPE REMAT CHUNK
+
+Prints one JSON line: program -> bytes of temporaries per device. A process of its own, since the environment has to be
+set before jax is imported.
+"""
+
+import json
+import os
+import sys
+
+os.environ.update(
+    JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v4-8", TPU_WORKER_HOSTNAMES="localhost"
+)
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from pit_jax import optimizers, sharding, train_state
+from pit_jax.config import ModelConfig, OptimizerConfig, PPOConfig
+from pit_jax.learners import ppo, reward_model, sft
+from pit_jax.models.transformer import ScalarModel, Transformer
+from pit_jax.types import PromptBatch, ScoreBatch, TokenBatch
+
+B, T, P, R = 8, 64, 32, 16
+
+
+def main(data: int, model: int, dtype: str, remat: str, chunk_size: int) -> dict[str, int]:
+    """Program -> bytes of temporaries per device."""
+    topology = topologies.get_topology_desc(
+        "v4:2x2x1", platform="tpu", chip_config_name="megacore", chips_per_host_bounds=(2, 2, 1), num_slices=1
+    )
+    mesh = sharding.make_mesh(data, model, devices=topology.devices)
+    config = ModelConfig(
+        vocab_size=512, num_layers=2, d_model=128, num_heads=4, num_kv_heads=2, head_dim=32, mlp_dim=256,
+        dtype=dtype, remat=remat, copy_init=1.0,
+    )  # fmt: skip
+    decoder, decode, scalar = Transformer(config), Transformer(config, sharding.DECODE_RULES), ScalarModel(config)
+    optimizer = optimizers.make_optimizer(OptimizerConfig(schedule="cosine", warmup_fraction=0.1), 10)
+
+    def array(shape, dtype):
+        spec = jax.P("data", *[None] * (len(shape) - 1)) if shape else jax.P()
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
+
+    # Nothing may run while this mesh is set: its devices compile, but do not exist.
+    key = array((), jax.eval_shape(lambda: jax.random.key(0)).dtype)
+
+    def on_mesh(tree):
+        def place(x):
+            spec = jax.P() if x.sharding is None else x.sharding.spec
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
+
+        return jax.tree.map(place, tree)
+
+    def parameters(module, method=None):
+        rows = array((4, 8), jnp.int32)
+        init = lambda k, x: module.init(k, x, x, x, method=method)  # noqa: E731
+        return on_mesh(jax.eval_shape(init, key, rows))
+
+    def state(params):
+        return on_mesh(jax.eval_shape(lambda p: train_state.TrainState(jnp.int32(0), p, optimizer.init(p)), params))
+
+    with jax.set_mesh(mesh):
+        policy, reward = parameters(decoder, Transformer.full_logits), parameters(scalar)
+        ints = lambda *shape: array(shape, jnp.int32)  # noqa: E731
+        tokens = TokenBatch(ints(B, T), ints(B, T), ints(B, T), array((B, T), jnp.bool_))
+        collect, update = ppo.make_ppo(
+            decoder, decode, scalar, lambda p, r, _: ppo.rollout_scores(scalar, p, r), optimizer, optimizer,
+            PPOConfig(rollout_size=B, num_minibatches=2, num_epochs=2, adaptive_kl=True, entropy_coef=0.01),
+            max_new_tokens=R, eos_id=2,
+        )  # fmt: skip
+        number = array((), jnp.float32)
+        ppo_state = ppo.PPOState(
+            array((), jnp.int32), state(policy), state(reward), number, ppo.ScoreStatistics(number, number, number)
+        )
+        batch = ppo.RLBatch(PromptBatch(ints(B, P), ints(B)))
+        experience, _, statistics, _ = jax.eval_shape(collect, ppo_state, policy, reward, batch, key)
+        programs = {
+            "sft": (sft.make_train_step(decoder, optimizer, num_targets=32, chunk_size=chunk_size),
+                    state(policy), sft.SFTBatch(tokens)),
+            "r_p": (reward_model.make_train_step(scalar, optimizer, loss="gap"),
+                    state(reward), ScoreBatch(ints(B, 2, T), ints(B, 2))),
+            "r_pit": (reward_model.make_train_step(scalar, optimizer, loss="gap"),
+                      state(reward), ScoreBatch(ints(B, 4, T), ints(B, 4))),
+            "ppo_collect": (collect, ppo_state, policy, reward, batch, key),
+            "ppo_update": (update, ppo_state, on_mesh(experience), on_mesh(statistics), number, key),
+        }  # fmt: skip
+        return {
+            name: program.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+            for name, (program, *arguments) in programs.items()
+        }
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5]))))
