@@ -52,7 +52,7 @@ def make_mesh(data: int = 0, model: int = 1, devices=None) -> jax.sharding.Mesh:
       ValueError: where the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    data = data or len(devices) // model
+    data = data or max(len(devices) // model, 1)
     if data * model != len(devices):
         raise ValueError(
             f"mesh.data={data} x mesh.model={model} needs {data * model} devices, but there are {len(devices)}: "

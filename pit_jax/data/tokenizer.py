@@ -66,6 +66,8 @@ def load(path: str | Path) -> Tokenizer:
 def train(texts: Iterable[str], vocab_size: int) -> bytes:
     """Trains a unigram model with byte fallback, so that any text has ids and comes back as it was.
 
+    One character does not: U+2581, by which SentencePiece itself marks a space, comes back as one.
+
     Args:
       texts: training text.
       vocab_size: an upper bound; a small corpus gives fewer pieces.

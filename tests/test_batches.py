@@ -1,0 +1,123 @@
+"""Batches: exact rows by hand, and `batch_at` as a pure function of (seed, step, host)."""
+
+import jax
+import numpy as np
+import pytest
+
+from pit_jax import sharding
+from pit_jax.data import batches
+from pit_jax.types import ScoreBatch
+
+
+def test_token_rows_by_hand():
+    batch = batches.token_rows([([1, 5], [6, 2]), ([1, 7, 8], [2])], 5)
+    np.testing.assert_array_equal(batch.tokens, [[1, 5, 6, 2, 0], [1, 7, 8, 2, 0]])
+    np.testing.assert_array_equal(batch.segments, [[1, 1, 1, 1, 0]] * 2)
+    np.testing.assert_array_equal(batch.positions, [[0, 1, 2, 3, 0]] * 2)
+    np.testing.assert_array_equal(batch.loss_mask, [[0, 0, 1, 1, 0], [0, 0, 0, 1, 0]])
+    assert [x.dtype for x in batch] == [np.int32, np.int32, np.int32, np.bool_]
+    whole = batches.token_rows([([1, 5], [6, 2])], 5, loss_on_prompt=True)
+    np.testing.assert_array_equal(whole.loss_mask, [[0, 1, 1, 1, 0]])
+
+
+def test_packed_rows_by_hand():
+    """First fit: sizes 4, 3, 2, 1 into sequences of 6 give (4, 2), (3, 1)."""
+    rows = [([1, 5], [6, 2]), ([1], [7, 2]), ([1], [2]), ([], [9])]
+    batch = batches.packed_rows(rows, 6)
+    np.testing.assert_array_equal(batch.tokens, [[1, 5, 6, 2, 1, 2], [1, 7, 2, 9, 0, 0]])
+    np.testing.assert_array_equal(batch.segments, [[1, 1, 1, 1, 2, 2], [1, 1, 1, 2, 0, 0]])
+    np.testing.assert_array_equal(batch.positions, [[0, 1, 2, 3, 0, 1], [0, 1, 2, 0, 0, 0]])
+    np.testing.assert_array_equal(batch.loss_mask, [[0, 0, 1, 1, 0, 1], [0, 1, 1, 1, 0, 0]])
+    # Only the newest sequence is open: 4 | 3, 2, 1.
+    np.testing.assert_array_equal(
+        batches.packed_rows(rows, 6, open_sequences=1).tokens, [[1, 5, 6, 2, 0, 0], [1, 7, 2, 1, 2, 9]]
+    )
+
+
+@pytest.mark.parametrize("open_sequences", [1, 3, 64])
+def test_packing_loses_no_row(open_sequences):
+    rng = np.random.default_rng(0)
+    rows = [
+        (list(rng.integers(1, 99, rng.integers(1, 9))), list(rng.integers(1, 99, rng.integers(1, 9))))
+        for _ in range(200)
+    ]
+    batch = batches.packed_rows(rows, 24, open_sequences=open_sequences)
+    found = []
+    for tokens, segments, positions, mask in zip(*batch, strict=True):
+        for segment in range(1, segments.max() + 1):
+            here = segments == segment
+            assert list(positions[here]) == list(range(here.sum()))
+            assert np.all(np.diff(np.flatnonzero(here)) == 1), "a row lies in one piece"
+            found.append((tuple(tokens[here & ~mask]), tuple(tokens[here & mask])))
+        assert not mask[segments == 0].any()
+    assert sorted(found) == sorted((tuple(p), tuple(r)) for p, r in rows)
+    assert len(batch.tokens) < 200 / 2
+
+
+def test_a_row_that_is_too_long_is_an_error():
+    rows = [([1, 5], [2]), ([1, 5, 6], [7, 2])]
+    with pytest.raises(ValueError, match="row 1 has 5 tokens, more than the sequence length 4"):
+        batches.token_rows(rows, 4)
+    with pytest.raises(ValueError, match="prompt 1 has 3 tokens, more than the window 2"):
+        batches.prompt_rows([[1], [1, 2, 3]], 2)
+    with pytest.raises(ValueError):
+        batches.score_rows([([1], [1, 2, 3])], 2)
+
+
+def test_prompt_and_score_rows_by_hand():
+    prompts = batches.prompt_rows([[1, 5], [1, 6, 7]], 4)
+    np.testing.assert_array_equal(prompts.tokens, [[0, 0, 1, 5], [0, 1, 6, 7]])
+    np.testing.assert_array_equal(prompts.lengths, [2, 3])
+    scores = batches.score_rows([([1, 5, 2], [1, 2]), ([1], [1, 7, 8])], 3)
+    np.testing.assert_array_equal(scores.tokens, [[[1, 5, 2], [1, 2, 0]], [[1, 0, 0], [1, 7, 8]]])
+    np.testing.assert_array_equal(scores.lengths, [[3, 2], [1, 3]])
+
+
+@pytest.mark.parametrize(("num_rows", "batch_size"), [(12, 4), (10, 4), (3, 8)])
+def test_every_row_comes_once_per_epoch_in_a_new_order(num_rows, batch_size):
+    """Also where an epoch ends within a batch, and where a batch is longer than an epoch."""
+    num_steps = 3 * num_rows // batch_size + 1
+    stream = np.concatenate([batches.row_numbers(num_rows, batch_size, s, seed=1) for s in range(num_steps)])
+    epochs = stream[: 3 * num_rows].reshape(3, num_rows)
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(num_rows))
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    other = np.concatenate([batches.row_numbers(num_rows, batch_size, s, seed=2) for s in range(num_steps)])
+    assert list(other) != list(stream)
+
+
+def test_hosts_are_disjoint_and_complete():
+    """Four hosts read, side by side, exactly the batch of one."""
+    for step in range(7):
+        whole = batches.row_numbers(21, 8, step, seed=3)
+        parts = [batches.row_numbers(21, 8, step, seed=3, host=h, num_hosts=4) for h in range(4)]
+        assert {len(part) for part in parts} == {2}
+        np.testing.assert_array_equal(np.concatenate(parts), whole)
+    with pytest.raises(ValueError, match="batch_size=8 must be a multiple of the number of processes, 3"):
+        batches.row_numbers(21, 8, 0, seed=3, num_hosts=3)
+    with pytest.raises(ValueError, match="no rows"):
+        batches.row_numbers(0, 8, 0, seed=3)
+
+
+@pytest.mark.usefixtures("one_device")
+def test_batch_at_is_pure():
+    """Whatever was read before, and in whatever order, a step gives the same rows; it does not write to the arrays."""
+    arrays = ScoreBatch(np.arange(40, dtype=np.int32).reshape(10, 2, 2), np.arange(20, dtype=np.int32).reshape(10, 2))
+    before = jax.tree.map(np.copy, arrays)
+    forward = [batches.make_batch_at(arrays, 4, seed=7)(step) for step in range(6)]
+    batch_at = batches.make_batch_at(arrays, 4, seed=7)
+    for step in (5, 0, 3, 3, 1, 4, 2):
+        for a, b in zip(batch_at(step), forward[step], strict=True):
+            np.testing.assert_array_equal(a, b)
+    for a, b in zip(arrays, before, strict=True):
+        np.testing.assert_array_equal(a, b)
+    rows = np.concatenate([np.asarray(b.lengths)[:, 0] // 2 for b in forward[:5]])
+    assert sorted(rows[:10]) == sorted(rows[10:20]) == list(range(10))
+    for batch in forward[:1]:  # rows stay together across the arrays of a batch
+        np.testing.assert_array_equal(np.asarray(batch.tokens)[:, 0, 0] // 4, np.asarray(batch.lengths)[:, 0] // 2)
+        assert jax.typeof(batch.tokens).sharding.spec == sharding.RULES.spec("batch", None, None)
+
+
+def test_round_up():
+    assert [batches.round_up(n) for n in (0, 1, 8, 9)] == [0, 8, 8, 16]
+    assert batches.round_up(129, 128) == 256

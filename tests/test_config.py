@@ -1,0 +1,125 @@
+"""Configs: every file instantiates, and a user's mistake is named with its remedy."""
+
+import dataclasses
+import inspect
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+from pit_jax import config as c
+
+FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+VARIANTS = {"pit_7b": [None], "pit_hh_rlhf": ["small", "smoke"], "pit_synthetic": ["", "smoke"]}
+
+
+@pytest.mark.parametrize(("path", "variant"), [(path, v) for path in FILES for v in VARIANTS.get(path.stem, ["smoke"])])
+def test_every_config_instantiates(path, variant):
+    get_config = runpy.run_path(str(path))["get_config"]
+    config = c.from_config_dict(c.PitConfig, get_config() if variant is None else get_config(variant))
+    assert isinstance(config, c.PitConfig) and isinstance(config.ppo.policy_optimizer, c.OptimizerConfig)
+    assert config.name == path.stem + (f":{variant}" if variant else "")
+    if inspect.signature(get_config).parameters:
+        with pytest.raises(ValueError, match=f"configs/{path.name} has no variant 'smok'"):
+            get_config("smok")
+
+
+def test_a_config_dict_is_locked_and_comes_back_the_same():
+    config = dataclasses.replace(c.PitConfig(), curriculum=("data", "policy", "pit"), seed=3)
+    outside = c.to_config_dict(config)
+    assert c.from_config_dict(c.PitConfig, outside) == config
+    with pytest.raises(AttributeError, match="kl_coeff"):
+        outside.ppo.kl_coeff = 0.1
+    outside.ppo.kl_coef = 1  # a whole number is a float
+    changed = c.from_config_dict(c.PitConfig, outside)
+    assert changed.ppo.kl_coef == 1.0 and isinstance(changed.ppo.kl_coef, float)
+    assert c.from_config_dict(c.PitConfig, json.loads(c.to_json(config))) == config
+
+
+def as_dict():
+    return json.loads(c.to_json(c.PitConfig()))
+
+
+def test_an_unknown_field_names_the_nearest():
+    values = as_dict()
+    values["ppo"]["kl_cof"] = 0.1
+    with pytest.raises(ValueError, match=r"config\.ppo\.kl_cof is not a field.*Did you mean config\.ppo\.kl_coef\?"):
+        c.from_config_dict(c.PitConfig, values)
+    values = as_dict()
+    values["mesh"]["zzz"] = 1
+    with pytest.raises(ValueError, match=r"config\.mesh\.zzz is not a field of MeshConfig\. Fields: data, model\."):
+        c.from_config_dict(c.PitConfig, values)
+
+
+@pytest.mark.parametrize(
+    ("group", "field", "value", "message"),
+    [
+        ("ppo", "kl_coef", "much", r"config\.ppo\.kl_coef is 'much' \(str\), but must be of type float"),
+        ("ppo", "num_epochs", 1.5, r"config\.ppo\.num_epochs is 1\.5 \(float\), but must be of type int"),
+        ("ppo", "num_epochs", True, r"config\.ppo\.num_epochs is True \(bool\), but must be of type int"),
+        ("ppo", "kl_coef", True, r"config\.ppo\.kl_coef is True \(bool\), but must be of type float"),
+        ("ppo", "adaptive_kl", 1, r"config\.ppo\.adaptive_kl is 1 \(int\), but must be of type bool"),
+        ("data", "path", None, r"config\.data\.path is None \(NoneType\), but must be of type str"),
+    ],
+)
+def test_a_value_of_another_type(group, field, value, message):
+    values = as_dict()
+    values[group][field] = value
+    with pytest.raises(ValueError, match=message):
+        c.from_config_dict(c.PitConfig, values)
+
+
+def test_a_missing_field():
+    values = as_dict()
+    del values["r_pit"]["optimizer"]["b1"], values["r_pit"]["optimizer"]["b2"]
+    with pytest.raises(ValueError, match=r"config\.r_pit\.optimizer lacks b1, b2 \(fields of OptimizerConfig\)"):
+        c.from_config_dict(c.PitConfig, values)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("data,policy", ("data", "policy")), (" data , pit ", ("data", "pit")), ("", ())]
+)
+def test_a_tuple_from_a_comma_string(text, expected):
+    assert c.from_config_dict(c.PitConfig, as_dict() | {"curriculum": text}).curriculum == expected
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: c.ModelConfig(num_heads=6, num_kv_heads=4), "num_heads must be a multiple of"),
+        (lambda: c.ModelConfig(remat="some"), "'some': use none, dots or full"),
+        (lambda: c.ModelConfig(dtype="float16"), "'float16': use float32 or bfloat16"),
+        (lambda: c.DataConfig(source="file"), "--config.data.path=FILE_OR_FOLDER"),
+        (lambda: c.DataConfig(source="web"), "'web': use synthetic or file"),
+        (lambda: c.OptimizerConfig(schedule="step"), "'step': use constant, linear or cosine"),
+        (lambda: c.RewardModelConfig(loss="hinge"), "'hinge': use one of gap, "),
+        (lambda: c.RewardModelConfig(start_from="rl"), "'rl': use pretrain or sft"),
+        (lambda: c.PPOConfig(kl_estimator="k2"), "'k2': use k1 or k3"),
+        (lambda: c.PPOConfig(rollout_size=10, num_minibatches=4), "10 must be a multiple of ppo.num_minibatches=4"),
+        (lambda: c.PitConfig(curriculum=("data", "rl")), "names 'rl': use data, policy, pit or policy_checkpoint"),
+        (lambda: c.PitConfig(arms=("first",)), "names 'first': use second_rl_only"),
+        (lambda: c.PitConfig(sft_pit=c.SFTConfig(chain_of_thought=True)), "--config.curriculum="),
+    ],
+)
+def test_a_value_out_of_range_says_what_to_use(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_differing_fields():
+    ours, theirs = as_dict(), as_dict()
+    assert c.differing_fields(ours, theirs) == []
+    ours["ppo"]["kl_coef"], ours["seed"] = 0.25, 1
+    del theirs["ppo_pit"]["epsilon"]
+    assert c.differing_fields(ours, theirs) == [
+        "config.ppo.kl_coef: 0.05 -> 0.25",
+        "config.ppo_pit.epsilon: None -> 0.2",
+        "config.seed: 0 -> 1",
+    ]
+
+
+def test_json_is_stable():
+    text = c.to_json(c.PitConfig())
+    assert text == c.to_json(c.from_config_dict(c.PitConfig, json.loads(text))) and text.endswith("}\n")
+    assert list(json.loads(text)) == sorted(json.loads(text))

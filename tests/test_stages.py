@@ -1,0 +1,129 @@
+"""A workdir: whose it is, what is done, and which candidate is taken."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from pit_jax.config import PitConfig
+from pit_jax.pipelines.stages import Candidates, Workdir, choose_by_kl_bin, run_stage
+
+
+def test_choose_by_kl_bin_by_hand():
+    """KL from 0 to 8 in 4 bins of width 2: {0, 10}, {20}, none, {30, 40, 50}; a boundary belongs to the bin above."""
+    measured = {
+        0: {"kl": 0.0, "score": 0.1},
+        10: {"kl": 1.9, "score": 0.4},
+        20: {"kl": 2.0, "score": 0.9},
+        30: {"kl": 6.5, "score": 0.7},
+        40: {"kl": 8.0, "score": 0.8},
+        50: {"kl": 7.0, "score": 0.8},
+    }
+    step, winners = choose_by_kl_bin(measured, 4)
+    assert step == 20
+    assert [w["step"] for w in winners] == [10, 20, 40], "of equal scores, the earlier step"
+    assert [(w["low"], w["high"]) for w in winners] == [(0.0, 2.0), (2.0, 4.0), (6.0, 8.0)]
+    assert winners[2] == {"step": 40, "low": 6.0, "high": 8.0, "kl": 8.0, "score": 0.8}
+
+
+def test_choose_by_kl_bin_where_all_are_equal():
+    measured = {3: {"kl": 1.5, "score": 0.1}, 6: {"kl": 1.5, "score": 0.2}}
+    step, winners = choose_by_kl_bin(measured, 4)
+    assert step == 6 and len(winners) == 1 and winners[0]["low"] == winners[0]["high"] == 1.5
+    assert choose_by_kl_bin({0: {"kl": -0.1, "score": 2.0}}, 3)[0] == 0
+
+
+def test_choose_by_one_bin_is_the_best_score():
+    measured = {i: {"kl": float(i), "score": s} for i, s in enumerate((0.3, 0.9, 0.2, 0.5))}
+    step, winners = choose_by_kl_bin(measured, 1)
+    assert step == 1 and len(winners) == 1
+    assert [w["step"] for w in choose_by_kl_bin(measured, 100)[1]] == [0, 1, 2, 3]
+
+
+def test_a_workdir_refuses_another_config(tmp_path):
+    config = PitConfig()
+    Workdir(tmp_path / "w", config)
+    Workdir(tmp_path / "w", config)
+    changed = dataclasses.replace(config, seed=4, ppo=dataclasses.replace(config.ppo, kl_coef=0.25))
+    with pytest.raises(ValueError) as error:
+        Workdir(tmp_path / "w", changed)
+    message = str(error.value)
+    assert "config.ppo.kl_coef: 0.05 -> 0.25" in message and "config.seed: 0 -> 4" in message
+    assert "--workdir" in message and message.count("->") == 2
+    assert json.loads((tmp_path / "w" / "config.json").read_text())["seed"] == 0, "the file is left as it was"
+
+
+def test_arms_may_be_added(tmp_path):
+    config = PitConfig()
+    Workdir(tmp_path / "w", config)
+    Workdir(tmp_path / "w", dataclasses.replace(config, arms=("second_rl_only",), profile=3))
+    stored = json.loads((tmp_path / "w" / "config.json").read_text())
+    assert stored["arms"] == ["second_rl_only"] and stored["profile"] == 3
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not empty and has no config.json"):
+        Workdir(tmp_path, PitConfig())
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_done_finish_forget(tmp_path):
+    workdir = Workdir(tmp_path / "w", PitConfig())
+    assert workdir.done("r_p") is None
+    workdir.finish("r_p", {"accuracy": 0.5})
+    assert Workdir(tmp_path / "w", PitConfig()).done("r_p") == {"accuracy": 0.5}
+    assert workdir.done("r_pit") is None
+    workdir.forget("r_p")
+    assert workdir.done("r_p") is None
+
+
+def test_a_model_is_left_behind(tmp_path):
+    workdir = Workdir(tmp_path / "w", PitConfig())
+    params = {"w": np.arange(4, dtype=np.float32)}
+    workdir.save_model("r_p", params)
+    np.testing.assert_array_equal(workdir.load_model("r_p", params)["w"], params["w"])
+
+
+def test_candidates_replace_what_a_killed_run_left(tmp_path):
+    candidates = Candidates(tmp_path / "c")
+    like = {"w": np.zeros(2, np.float32)}
+    add = lambda step, value: candidates.add(step, {"w": np.full(2, value, np.float32)}, {"score": value})  # noqa: E731
+    assert candidates.all() == {}
+    for step in (0, 10, 20, 30):
+        add(step, float(step))
+    # Killed, and started again from a checkpoint of step 5: steps 10 and on are measured anew.
+    candidates = Candidates(tmp_path / "c")
+    add(10, 0.5)
+    assert candidates.all() == {0: {"score": 0.0}, 10: {"score": 0.5}}
+    np.testing.assert_array_equal(candidates.load(10, like)["w"], [0.5, 0.5])
+    np.testing.assert_array_equal(candidates.load(0, like)["w"], [0.0, 0.0])
+    with pytest.raises(ValueError, match="does not exist"):
+        candidates.load(20, like)
+    add(20, 7.0)
+    assert list(candidates.all()) == [0, 10, 20]
+    candidates.clear()
+    assert Candidates(tmp_path / "c").all() == {}
+
+
+def test_run_stage_runs_once_and_counts_the_seconds_of_all_starts(tmp_path, capsys, monkeypatch):
+    clock = iter([100.0, 103.0, 200.0, 204.0, 204.0])
+    monkeypatch.setattr("pit_jax.pipelines.stages.time.perf_counter", lambda: next(clock))
+    workdir = Workdir(tmp_path / "w", PitConfig())
+
+    def killed():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(workdir, "r_p", killed)
+    assert workdir.done("r_p") is None
+    assert run_stage(workdir, "r_p", lambda: {"accuracy": 0.75}) == {"accuracy": 0.75, "seconds": 7.0}
+    capsys.readouterr()
+
+    def never():
+        raise AssertionError("a stage that is done does not run")
+
+    assert run_stage(workdir, "r_p", never) == {"accuracy": 0.75, "seconds": 7.0}
+    assert capsys.readouterr().out == "r_p: done\n"
+    assert [path.name for path in (tmp_path / "w" / "stages").iterdir()] == ["r_p.json"]
