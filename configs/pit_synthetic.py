@@ -36,15 +36,14 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config = c.PitConfig(
         name="pit_synthetic",
         data=c.DataConfig(
-            size=13_000, num_test=640, num_pretrain=72_000, prompt_window=44, response_window=36, reflection_window=52
+            size=13_000, num_test=640, num_pretrain=72_000, prompt_window=36, response_window=28, reflection_window=28
         ),
         policy_model=model,
         pit_model=model,
         reward_model=model,
         pretrain=c.PretrainConfig(
             sft=sft(optimizer=adam(2e-3, schedule="cosine", warmup_fraction=0.05), num_steps=2000),
-            reflection_share=0.35,
-            refinement_share=0.1,
+            refinement_share=0.6,
         ),
         sft_policy=sft(optimizer=adam(5e-4, schedule="cosine", warmup_fraction=0.05)),
         sft_pit=sft(optimizer=adam(5e-4, schedule="cosine", warmup_fraction=0.05)),

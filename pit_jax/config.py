@@ -127,9 +127,7 @@ class PretrainConfig:
 
     checkpoint: str = ""  # folder of a saved M_pre (workdir/checkpoints/pretrain/STEP); empty: train one
     sft: SFTConfig = SFTConfig()
-    reflection_share: float = 0.3  # rows in the Self-Refine reflection form
-    refinement_share: float = 0.25  # rows in the Self-Refine refinement form; the rest are plain (x, y)
-    chosen_share: float = 0.6  # plain rows whose y is a y_w; the others are y_l: raw text is not all good
+    refinement_share: float = 0.5  # rows (x, y_l, c, y_w) of both Self-Refine forms; the rest are (x, y_w, c)
 
 
 @dataclasses.dataclass(frozen=True)

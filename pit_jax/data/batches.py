@@ -13,15 +13,18 @@ from pit_jax import sharding
 from pit_jax.types import PromptBatch, ScoreBatch, TokenBatch
 
 Ids = Sequence[int]
+Turns = Sequence[Ids]
+"""Read, learnt, read, learnt, ...: (prompt ids, response ids) and longer dialogues."""
 
 
-def token_rows(rows: Sequence[tuple[Ids, Ids]], length: int, *, loss_on_prompt: bool = False) -> TokenBatch:
-    """One (prompt, response) per sequence, right-padded to `length`.
+def token_rows(rows: Sequence[Turns], length: int, *, loss_on_prompt: bool = False) -> TokenBatch:
+    """One row per sequence, right-padded to `length`.
 
     Args:
-      rows: (prompt ids, response ids with EOS); together at most `length`.
+      rows: turns that are read and turns that are learnt, in alternation: (prompt ids, response ids with EOS), or more
+        of them in a dialogue; together at most `length` tokens.
       length: T.
-      loss_on_prompt: True trains on the prompt as well (language modelling), except its first token.
+      loss_on_prompt: True trains on what is read as well (language modelling), except the first token.
 
     Returns:
       TokenBatch of numpy arrays [len(rows), T].
@@ -30,7 +33,7 @@ def token_rows(rows: Sequence[tuple[Ids, Ids]], length: int, *, loss_on_prompt: 
 
 
 def packed_rows(
-    rows: Sequence[tuple[Ids, Ids]],
+    rows: Sequence[Turns],
     length: int,
     *,
     loss_on_prompt: bool = False,
@@ -43,8 +46,8 @@ def packed_rows(
     """
     sequences: list[list[int]] = []  # row numbers
     room: list[int] = []
-    for i, (prompt, response) in enumerate(rows):
-        size = len(prompt) + len(response)
+    for i, turns in enumerate(rows):
+        size = num_tokens(turns)
         if size > length:
             raise ValueError(f"row {i} has {size} tokens, more than the sequence length {length}")
         for j in range(max(0, len(sequences) - open_sequences), len(sequences)):
@@ -60,16 +63,22 @@ def packed_rows(
     shape = (len(sequences), length)
     batch = TokenBatch(*(np.zeros(shape, np.int32) for _ in range(3)), np.zeros(shape, np.bool_))
     for j, members in enumerate(sequences):
-        start = 0
+        end = 0
         for segment, i in enumerate(members, 1):
-            prompt, response = rows[i]
-            end = start + len(prompt) + len(response)
-            batch.tokens[j, start:end] = [*prompt, *response]
+            start = end
+            for turn, ids in enumerate(rows[i]):
+                at, end = end, end + len(ids)
+                batch.tokens[j, at:end] = ids
+                batch.loss_mask[j, at:end] = loss_on_prompt or turn % 2 == 1
             batch.segments[j, start:end] = segment
             batch.positions[j, start:end] = np.arange(end - start)
-            batch.loss_mask[j, start + (1 if loss_on_prompt else len(prompt)) : end] = True
-            start = end
+            batch.loss_mask[j, start] &= len(rows[i][0]) == 0  # the first token follows nothing
     return batch
+
+
+def num_tokens(turns: Turns) -> int:
+    """Length of a row."""
+    return sum(map(len, turns))
 
 
 def score_rows(groups: Sequence[Sequence[Ids]], length: int) -> ScoreBatch:
@@ -78,6 +87,8 @@ def score_rows(groups: Sequence[Sequence[Ids]], length: int) -> ScoreBatch:
     lengths = np.zeros(tokens.shape[:2], np.int32)
     for i, group in enumerate(groups):
         for j, ids in enumerate(group):
+            if len(ids) > length:
+                raise ValueError(f"row {j} of group {i} has {len(ids)} tokens, more than the length {length}")
             tokens[i, j, : len(ids)] = ids
             lengths[i, j] = len(ids)
     return ScoreBatch(tokens, lengths)

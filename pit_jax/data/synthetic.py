@@ -65,8 +65,8 @@ _EXCLUSIVE = (
 )
 _CLASHES = {kind: set().union(*(g for g in _EXCLUSIVE if kind in g)) | {kind} for kind in ASK_WEIGHTS}
 _WORD_KINDS = ("contains", "avoids", "starts_with", "ends_with", "hashtag")
-_VALUES = dict(exactly_words=(7, 14), at_most_words=(7, 12), sentences=(2, 3), bullets=(2, 4)) | (
-    dict(numbered=(2, 4), hashtags=(2, 3))
+_VALUES = dict(exactly_words=(5, 8), at_most_words=(5, 8), sentences=(2, 3), bullets=(2, 3)) | (
+    dict(numbered=(2, 3), hashtags=(2, 3))
 )  # smallest and largest
 
 _MINIMAL_EDITS = 0.6  # share of pairs with one base text
@@ -77,30 +77,26 @@ _UNASKED_IN_REJECTED = 0.35
 _KINDS, _SUMS = tuple(ASK_WEIGHTS), list(accumulate(ASK_WEIGHTS.values()))
 
 
-def reflect(requirements: Sequence[Requirement], met: Sequence[bool], rng: np.random.Generator) -> str:
-    """A reflection: how many requirements an answer meets, then what is so of each (PIT appendix D).
+def reflect(requirements: Sequence[Requirement], met: Sequence[bool]) -> str:
+    """A reflection: how many requirements an answer meets, then each of them with yes or no (PIT appendix D).
+
+    A requirement is named before it is judged, so that a model which writes this looks it up first.
 
     Args:
       requirements: of the prompt, in its order.
       met: which of them the answer meets, from `verify`.
-      rng: chooses between wordings.
 
     Returns:
-      "The response meets 1 of 2 requirements. It mentions tea. It lacks #silver."
+      "1 of 2 met: topic tea yes, #silver no."
     """
-    n = len(requirements)
-    opening = pick(rng, ("The response meets", "The answer meets", "It meets"))
-    share = f"all {n}" if all(met) else f"{sum(met)} of {n}"
-    clauses = [
-        pick(rng, text_of.CLAUSES[r.kind][0 if ok else 1]).format(v=r.value)
-        for r, ok in zip(requirements, met, strict=True)
-    ]
-    return " ".join([f"{opening} {share} requirements.", *(f"It {clause}." for clause in clauses)])
+    named = [text_of.CLAUSES[r.kind].format(v=r.value) for r in requirements]
+    judged = ", ".join(f"{name} {'yes' if ok else 'no'}" for name, ok in zip(named, met, strict=True))
+    return f"{sum(met)} of {len(met)} met: {judged}."
 
 
 def _draw_requirements(rng, topic: str) -> tuple[Requirement, ...]:
-    """The topic, and two to four kinds that go together, with values."""
-    size, kinds, closed = pick(rng, (2, 2, 2, 3, 3, 3, 3, 4, 4, 4)), [], set()
+    """The topic, and one to three kinds that go together, with values."""
+    size, kinds, closed = pick(rng, (1, 2, 2, 2, 3)), [], set()
     while len(kinds) < size:
         kind = _KINDS[bisect(_SUMS, rng.random() * _SUMS[-1])]
         if kind not in closed:
@@ -121,12 +117,9 @@ def _draw_requirements(rng, topic: str) -> tuple[Requirement, ...]:
 
 
 def _draw_failing(rng, kinds: Sequence[str], weights: dict[str, float]) -> set[str]:
-    """Kinds that y_l is to fail: one in half of the rows, two in 30%, more in 20%, never all."""
+    """Kinds that y_l is to fail: one in most rows, never all."""
     how = rng.random()
-    if len(kinds) == 3:  # two at most, so that the shares hold over all rows, with 30% of them of this size
-        count = 1 if how < 0.55 else 2
-    else:
-        count = 1 if how < 0.48 else 2 if how < 0.715 else min(integer(rng, 3, 4), len(kinds) - 1)
+    count = min(1 if how < 0.6 else 2 if how < 0.9 else 3, len(kinds) - 1)
     chosen: set[str] = set()
     while len(chosen) < count:
         left = [k for k in kinds if k not in chosen and weights[k] > 0]
@@ -168,7 +161,7 @@ def _draw_row(rng, which: str, weights: dict[str, float]) -> PreferenceExample:
             continue
         a = text_of.TASKS[task][0]
         wordings = [pick(rng, text_of.phrasings(r.kind, which)).format(a=a, v=r.value) for r in requirements]
-        return PreferenceExample(" ".join(wordings), rejected, chosen, reflect(requirements, met, rng), requirements)
+        return PreferenceExample(" ".join(wordings), rejected, chosen, reflect(requirements, met), requirements)
 
 
 def generate(

@@ -100,8 +100,9 @@ def render(draft: Draft) -> str:
         runs = []
         for j, chunk in enumerate(part):
             words = [_cased(w, draft.case) for w in chunk.words]
-            # A part after an unclosed one goes on with the same sentence.
-            if draft.case == "sentence" and j == 0 and (i == 0 or draft.markers or draft.ends[i - 1]):
+            # A part after an unclosed one goes on with the same sentence. A bank word stays as the prompt writes it.
+            opens = j == 0 and chunk.role != "word" and (i == 0 or draft.markers or draft.ends[i - 1])
+            if draft.case == "sentence" and opens:
                 words[0] = _cased(words[0], "title")
             if chunk.case:
                 words[0] = _cased(chunk.words[0], chunk.case)
@@ -173,7 +174,7 @@ def compose(rng, task: str, topic: str, needs: dict[str, str], used: set[str]) -
     if list_kind or "sentences" in needs:
         num_parts = int(needs.get(list_kind or "sentences"))
     else:
-        num_parts = 2 if rng.random() < 0.3 and limit > 10 else 1
+        num_parts = 2 if rng.random() < 0.2 and limit > 10 else 1
     is_list = list_kind is not None
     topic_part = 0 if rng.random() < 0.7 else integer(rng, 0, num_parts - 1)
     cores = text_of.ITEM_CORES if is_list else text_of.TASKS[task][1]
@@ -207,9 +208,9 @@ def compose(rng, task: str, topic: str, needs: dict[str, str], used: set[str]) -
     if "exactly_words" in needs:
         target = limit
     elif "at_most_words" in needs:
-        target = limit - integer(rng, 0, 3)
+        target = limit - integer(rng, 0, 2)
     else:
-        target = 0 if list_kind else integer(rng, 5, 12)
+        target = 0 if list_kind else integer(rng, 3, 8)
     while count < target:
         tail = _tail(rng, min(target - count, integer(rng, 1, 3)))
         if all(tail.words != c.words for c in draft.chunks("tail")) or rng.random() < 0.1:  # seldom the same twice

@@ -13,83 +13,56 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 BANK = _words(
-    "gold silver copper iron glass paper cotton silk velvet wool leather marble stone sand amber pearl coral "
-    "honey sugar salt pepper ginger mint basil lemon orange cherry apple vanilla cocoa butter cream rice corn "
-    "music rhythm magic wonder courage wisdom comfort laughter peace hope trust pride spirit energy power speed "
-    "balance freedom summer winter autumn morning evening midnight sunrise sunshine moonlight rain snow thunder "
-    "wind fire smoke water ocean river lake forest meadow mountain valley island desert jungle harbor village "
-    "castle tower bridge lantern candle mirror window ribbon feather crystal diamond rocket planet comet tiger "
-    "eagle dolphin panda rabbit falcon wolf rose lily tulip daisy maple cedar willow bamboo"
+    "gold silver copper glass paper cotton silk stone honey sugar pepper lemon orange apple butter corn "
+    "music magic hope trust peace energy summer winter morning rain snow fire river forest valley island "
+    "castle bridge candle mirror ribbon tiger rabbit rose"
 )
 """Words that `contains`, `avoids`, `starts_with`, `ends_with` and hashtags ask for."""
 
 TOPICS = (
-    *_words(
-        "coffee tea pizza soup cake yoga chess tennis soccer running cycling hiking camping fishing sailing skating"
-    ),
-    *_words("painting cooking baking knitting reading robots bikes shoes books toys games phones movies"),
-    *("tea party", "dance party", "pizza party", "game party", "movie night", "game night", "pizza night"),
-    *("dance night", "book club", "chess club", "tennis club", "yoga club", "art class", "yoga class"),
-    *("cooking class", "dance class", "art show", "dog show", "car show", "toy store", "book store", "pet store"),
+    *_words("coffee tea pizza soup yoga chess tennis hiking painting reading robots bikes books games"),
+    *("tea party", "pizza party", "game night", "pizza night", "book club", "chess club", "yoga class", "art class"),
 )
 """What an answer is about. Two-word topics share their halves, so that half of one can be another's."""
 
 JSON_KEYS = ("text", "title", "line", "answer", "body", "result")
 
 TASKS = {
-    "tagline": ("a tagline", "our {t} is made for you|{t} for all of us|the best {t} in town|the home of {t}"),
-    "slogan": ("a slogan", "choose {t}|live for {t}|think big and choose {t}|more {t} for more people"),
-    "tweet": ("a tweet", "we love {t}|so happy about {t}|this {t} made my day|can not wait for {t}"),
-    "greeting": ("a greeting", "hello from our {t}|welcome to {t}|hello and welcome to our {t}|hello {t} friends"),
-    "headline": ("a headline", "new {t} in town|{t} is back|big news about {t}|people love the new {t}"),
-    "invitation": (
-        "an invitation",
-        "join us for {t}|you are invited to our {t}|come to {t} with us|be our guest at {t}",
-    ),
-    "thank-you": ("a thank-you note", "thank you for the {t}|many thanks for your {t}|we thank you for {t}"),
-    "reminder": ("a reminder", "do not forget {t}|remember your {t}|it is time for {t}|please remember our {t}"),
-    "product": ("a product description", "this {t} is new and great|our {t} is made with care|our {t} will last"),
-    "review": ("a review", "great {t}|this {t} is the best|we really love this {t}|i like the {t} very much"),
-    "email": ("an email", "dear friend we have {t}|dear team please see our {t}|dear all we are back with {t}"),
-    "advertisement": ("an advertisement", "get your {t} here|try our new {t}|buy {t} and smile|get more from {t}"),
-    "poster": ("a poster", "see {t} with us|come and see our {t}|free {t} for you|big {t} day"),
-    "caption": ("a caption", "my {t} and me|this is our {t}|a good day for {t}|happy with my {t}"),
-    "announcement": ("an announcement", "we now have {t}|here is our new {t}|we open our {t}|our {t} is open"),
-    "wish": ("a birthday wish", "happy birthday and happy {t}|we wish you great {t}|a birthday full of {t}"),
-    "apology": ("an apology", "sorry about the {t}|we are sorry for our {t}|please forgive us for the {t}"),
-    "compliment": (
-        "a compliment",
-        "your {t} is great|you make {t} look great|we love your {t}|you are the best at {t}",
-    ),
-    "message": ("a text message", "see you at {t}|call me about {t}|are you here for {t}|meet me at {t}"),
-    "motto": ("a motto", "{t} first|life is {t}|{t} makes life great|we live and love {t}"),
+    "tagline": ("a tagline", "our {t} is for you|{t} for all|the best {t} in town"),
+    "slogan": ("a slogan", "choose {t}|live for {t}|more {t} for all"),
+    "tweet": ("a tweet", "we love {t}|so happy about {t}|this {t} is great"),
+    "greeting": ("a greeting", "hello from our {t}|welcome to {t}|hello {t} friends"),
+    "headline": ("a headline", "new {t} in town|{t} is back|big news about {t}"),
+    "invitation": ("an invitation", "join us for {t}|come to {t}|come to our {t} with us"),
+    "thank-you": ("a thank-you note", "thank you for {t}|thank you for the great {t}|we thank you for {t}"),
+    "reminder": ("a reminder", "remember {t}|remember your {t}|it is time for {t}"),
+    "review": ("a review", "great {t}|this {t} is the best|i like this {t}"),
+    "advertisement": ("an advertisement", "get your {t} here|try our new {t}|buy {t} here"),
+    "poster": ("a poster", "see {t} with us|come and see our {t}|big {t} day"),
+    "message": ("a text message", "see you at {t}|call me about {t}|are you here for {t}"),
 }
 """name -> (how a prompt calls it, sentences with the topic as {t})."""
 TASKS = {name: (called, tuple(cores.split("|"))) for name, (called, cores) in TASKS.items()}
 
 SENTENCES = (
     *("come and see", "you will love it", "we are happy", "life is good", "have a great day", "bring your friends"),
-    *("it is great", "tell your friends", "we love it", "come with us", "you are welcome", "call us", "have fun"),
-    *("be happy", "see you here", "we will be here", "thank you", "it is free"),
+    *("it is great", "we love it", "call us", "have fun"),
 )
 """Further sentences, without the topic."""
 
-ITEM_CORES = ("our {t}", "more {t}", "the best {t}", "new {t}", "{t} for you", "great {t}", "love {t}", "see {t}")
-ITEMS = (
-    *("have fun", "bring friends", "great people", "free for all", "a good day", "new friends", "good news"),
-    *("a big smile", "time for you", "love and care", "the best team", "be happy", "come with us", "more fun"),
-)
+ITEM_CORES = ("our {t}", "more {t}", "the best {t}", "new {t}", "great {t}", "see {t}")
+ITEMS = ("have fun", "bring friends", "be happy", "a good day", "new friends", "good news", "more fun", "come with us")
 """Items of a list, with and without the topic."""
 
 TAILS = {
-    1: ("today", "now", "here", "again", "together", "always"),
-    2: ("every day", "right now", "this week", "with friends", "for everyone", "at home", "with us", "all day"),
-    3: ("all year long", "in your home", "for the family", "with good people", "time and again", "all this week"),
+    1: ("today", "now", "here", "again"),
+    2: ("every day", "right now", "this week", "at home"),
+    3: ("all year long", "in your home", "for the family", "time and again"),
 }
 """length in words -> endings that fit any sentence."""
-WORD_TAILS = ("with {w}", "like {w}", "full of {w}", "with more {w}", "and some {w}", "and {w}")
+WORD_TAILS = ("with {w}", "and {w}", "with more {w}", "like {w}")
 """Endings that carry a bank word."""
-STARTERS = ("time:", "news:", "fans:", "day:", "and more:")
+STARTERS = ("time:", "news:", "day:")
 """What follows a word that has to come first."""
 
 _HELD_OUT = 2  # the last phrasings of each kind are for the test set only
@@ -264,35 +237,34 @@ def phrasings(kind: str, which: str) -> tuple[str, ...]:
 
 
 CLAUSES = {
-    "topic": ("mentions {v}|does mention {v}", "does not mention {v}|lacks the topic {v}"),
-    "contains": ("contains {v}|has the word {v}", "does not contain {v}|lacks the word {v}"),
-    "avoids": ("avoids {v}|does not use {v}", "does use {v}|should avoid {v}"),
-    "starts_with": ("starts with {v}|begins with {v}", "does not start with {v}|should begin with {v}"),
-    "ends_with": ("ends with {v}|finishes with {v}", "does not end with {v}|should finish with {v}"),
-    "hashtag": ("has #{v}|includes #{v}", "lacks #{v}|should include #{v}"),
-    "hashtags": ("has {v} hashtags|uses {v} hashtags", "does not have {v} hashtags|should have {v} hashtags"),
-    "upper_case": ("is in upper case|is all upper case", "is not in upper case|should be all upper case"),
-    "lower_case": ("is in lower case|is all lower case", "is not in lower case|should be all lower case"),
-    "html_bold": ("has HTML bold|uses HTML bold", "lacks HTML bold|should use HTML bold"),
-    "html_italic": ("has HTML italics|uses HTML italics", "lacks HTML italics|should use HTML italics"),
-    "html_paragraph": ("is an HTML paragraph", "is not an HTML paragraph|should be an HTML paragraph"),
-    "markdown_bold": ("has Markdown bold|uses Markdown bold", "lacks Markdown bold|should use Markdown bold"),
-    "markdown_heading": ("is a Markdown heading", "is not a Markdown heading|should be a Markdown heading"),
-    "quotes": ("is in double quotes", "is not in double quotes|should be in double quotes"),
-    "json": ('is JSON with "{v}"', 'is not JSON with "{v}"|should be JSON with "{v}"'),
-    "parentheses": ("has parentheses|uses parentheses", "lacks parentheses|should use parentheses"),
-    "exactly_words": ("has {v} words|is {v} words long", "does not have {v} words|is not {v} words long"),
-    "at_most_words": ("has at most {v} words", "should have at most {v} words"),
-    "sentences": ("has {v} sentences|is {v} sentences long", "does not have {v} sentences|is not {v} sentences long"),
-    "bullets": ("has {v} bullet points", "does not have {v} bullet points|should have {v} bullet points"),
-    "numbered": ("is a numbered list of {v}", "is not a numbered list of {v}"),
-    "exclamation": ("ends with an exclamation mark", "lacks the exclamation mark"),
-    "question": ("ends with a question mark", "lacks the question mark"),
-    "postscript": ("has a P.S. line|includes a P.S. line", "lacks a P.S. line|should include a P.S. line"),
-    "no_commas": ("has no commas|avoids commas", "has commas|should avoid commas"),
+    "topic": "topic {v}",
+    "contains": "word {v}",
+    "avoids": "no {v}",
+    "starts_with": "first {v}",
+    "ends_with": "last {v}",
+    "hashtag": "#{v}",
+    "hashtags": "{v} hashtags",
+    "upper_case": "upper case",
+    "lower_case": "lower case",
+    "html_bold": "HTML bold",
+    "html_italic": "HTML italics",
+    "html_paragraph": "HTML paragraph",
+    "markdown_bold": "Markdown bold",
+    "markdown_heading": "Markdown heading",
+    "quotes": "double quotes",
+    "json": 'JSON "{v}"',
+    "parentheses": "parentheses",
+    "exactly_words": "exactly {v} words",
+    "at_most_words": "at most {v} words",
+    "sentences": "{v} sentences",
+    "bullets": "{v} bullet points",
+    "numbered": "numbered list of {v}",
+    "exclamation": "exclamation mark",
+    "question": "question mark",
+    "postscript": "P.S. line",
+    "no_commas": "no commas",
 }
-"""kind -> (said of an answer that meets it, said of one that does not)."""
-CLAUSES = {kind: (tuple(met.split("|")), tuple(unmet.split("|"))) for kind, (met, unmet) in CLAUSES.items()}
+"""kind -> how a reflection names the requirement, before it says whether the answer meets it."""
 
 
 def word_forms() -> list[str]:
@@ -306,8 +278,7 @@ def word_forms() -> list[str]:
     texts += [text for tails in TAILS.values() for text in tails]
     texts += [text for called, cores in TASKS.values() for text in (called, *cores)]
     texts += [text for wordings in PHRASINGS.values() for text in wordings]
-    texts += [text for clauses in CLAUSES.values() for wordings in clauses for text in wordings]
-    texts += ["The It response answer meets all of requirements HTML Markdown JSON"]
+    texts += [*CLAUSES.values(), "yes no all of met", "Review Improve it HTML Markdown JSON"]
     forms = []
     for word in sorted({w for text in texts for w in re.findall(r"[A-Za-z]+", re.sub(r"\{.\}", " ", text))}):
         for form in dict.fromkeys((word, word.lower(), word.capitalize(), word.upper())):

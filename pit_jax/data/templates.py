@@ -16,7 +16,10 @@ FIELDS = {
     "reflection": {"prompt", "response"},
     "refinement": {"prompt", "response", "feedback"},
 }
-_PARTS = re.compile("(" + "|".join(map(re.escape, CONTROL_SYMBOLS)) + r"|\{[a-z_]+\})")
+END = "<<End>>"
+"""In a template: EOS, where a turn of the dialogue has ended."""
+
+_PARTS = re.compile("(" + "|".join(map(re.escape, (*CONTROL_SYMBOLS, END))) + r"|\{[a-z_]+\})")
 
 
 def load(name: str, folder: str | Path | None = None) -> str:
@@ -43,10 +46,11 @@ def parse(tokenizer: Tokenizer, text: str) -> Template:
     Literals and fields are encoded one by one, so a field cannot merge with what stands beside it, and a control
     symbol is made only where the template itself has one.
     """
+    control = {**tokenizer.control_ids, END: tokenizer.eos_id}
     parts: list[tuple[str, str | tuple[int, ...]]] = [("ids", (tokenizer.bos_id,))]
     for part in _PARTS.split(text):
-        if part in tokenizer.control_ids:
-            parts.append(("ids", (tokenizer.control_ids[part],)))
+        if part in control:
+            parts.append(("ids", (control[part],)))
         elif part.startswith("{") and part.endswith("}"):
             parts.append(("field", part[1:-1]))
         elif part:

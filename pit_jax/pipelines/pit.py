@@ -186,7 +186,7 @@ def init_params(module: Transformer | ScalarModel, key: jax.Array) -> Params:
 
 def shapes(module: Transformer | ScalarModel) -> Params:
     """Shapes and shardings of a module's parameters, for restoring them."""
-    return jax.eval_shape(functools.partial(init_params, module), jax.random.key(0))
+    return jax.eval_shape(lambda: init_params(module, jax.random.key(0)))
 
 
 def sized(config: ModelConfig, encoder: encode.Encoder) -> ModelConfig:
@@ -199,25 +199,25 @@ def likelihood_stage(
     stage: str,
     sizes: ModelConfig,
     settings: SFTConfig,
-    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+    rows: Sequence[batches.Turns],
     start: Callable[[], Params],
     *,
     loss_on_prompt: bool = False,
-    unlikely: Sequence[tuple[Sequence[int], Sequence[int]]] = (),
+    unlikely: Sequence[batches.Turns] = (),
 ) -> dict:
-    """Trains a decoder on (prompt ids, response ids) rows and leaves its last parameters behind (appendix F)."""
+    """Trains a decoder on rows of (prompt ids, response ids), or of more turns, and leaves its last parameters behind (appendix F)."""
     rng = np.random.default_rng(seed_of(context.config, f"{stage}/order"))
     order = rng.permutation(len(rows))
     rows = [rows[i] for i in order]
     over_length = 0
     if settings.sequence_length and not unlikely:
-        fitting = [(p, r) for p, r in rows if len(p) + len(r) <= settings.sequence_length]
+        fitting = [row for row in rows if batches.num_tokens(row) <= settings.sequence_length]
         over_length, rows = len(rows) - len(fitting), fitting
         if over_length:
             print(f"  {over_length} of {len(order)} rows are longer than {settings.sequence_length} tokens and dropped")
         arrays = batches.packed_rows(rows, settings.sequence_length, loss_on_prompt=loss_on_prompt)
     else:
-        length = batches.round_up(max(len(p) + len(r) for p, r in (*rows, *unlikely)))
+        length = batches.round_up(max(batches.num_tokens(row) for row in (*rows, *unlikely)))
         arrays = batches.token_rows(rows, length, loss_on_prompt=loss_on_prompt)
     data = sft.SFTBatch(arrays)
     if unlikely:  # the three rows of section 3.2 for each likely one, side by side
@@ -245,31 +245,28 @@ def likelihood_stage(
     return {"steps": num_steps, "rows": len(rows), "sequences": num_sequences, "over_length": over_length}
 
 
-def pretraining_rows(context: Context) -> list[tuple[list[int], list[int]]]:
-    """(prompt ids, response ids) of M_pre's text: plain answers, good and bad, and both Self-Refine forms.
+def pretraining_rows(context: Context) -> list[tuple[list[int], ...]]:
+    """M_pre's text: dialogues in which an answer is followed by its review, and some reviews by a better answer.
 
-    A row of preference data that has no reflection (real data) gives two plain rows.
+    (x, y_w, c of y_w), or (x, y_l, c, y_w), where nothing is learnt from y_l itself: the two forms of Self-Refine. A
+    review stands directly behind the answer's EOS, where a reward model reads its score. A row of preference data that
+    has no reflection (real data) gives two plain rows.
     """
-    config, e = context.config.pretrain, context.encoder
+    e, share = context.encoder, context.config.pretrain.refinement_share
     examples = context.rows["pretrain"] or context.rows["sft"]
-    rows = []
+    rows: list[tuple[list[int], ...]] = []
     for i, row in enumerate(examples):
-        rng = np.random.default_rng([seed_of(context.config, "pretrain/form"), i])
-        u, good = rng.random(), rng.random() < config.chosen_share
+        good, bad = e.response(row.chosen), e.response(row.rejected)
         if not row.reflection:
-            rows += [(e.policy_prompt(row.prompt), e.response(y)) for y in (row.chosen, row.rejected)]
-            continue
-        response, feedback = row.rejected, row.reflection
-        if u < config.reflection_share + config.refinement_share and rng.random() < 0.3:
-            # Answers with nothing to mend, so that a reflection is not always a complaint.
-            response = row.chosen
-            feedback = synthetic.reflect(row.requirements, verifier.verify(row.requirements, response), rng)
-        if u < config.reflection_share:
-            rows.append((e.reflection_prompt(row.prompt, response), e.response(feedback)))
-        elif u < config.reflection_share + config.refinement_share:
-            rows.append((e.refinement_prompt(row.prompt, response, feedback), e.response(row.chosen)))
+            rows += [(e.policy_prompt(row.prompt), y) for y in (good, bad)]
+        elif np.random.default_rng([seed_of(context.config, "pretrain/form"), i]).random() < share:
+            read = e.reflection_prompt(row.prompt, bad[:-1])
+            ask = e.refinement_prompt(row.prompt, bad[:-1], row.reflection)
+            behind = len(read) + len(e.response(row.reflection))
+            rows.append((read, e.response(row.reflection), ask[behind:], good))
         else:
-            rows.append((e.policy_prompt(row.prompt), e.response(row.chosen if good else row.rejected)))
+            all_met = synthetic.reflect(row.requirements, [True] * len(row.requirements))
+            rows.append((e.policy_prompt(row.prompt), good + e.response(all_met)))
     return rows
 
 
