@@ -86,8 +86,9 @@ class TokenizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with warm-up, decay and a global-norm clip."""
+    """AdamW or Muon with warm-up, decay and a global-norm clip."""
 
+    name: str = "adamw"  # adamw, muon (for the matrices of the layers; AdamW for the rest)
     learning_rate: float = 3e-5
     schedule: str = "constant"  # constant, linear, cosine (to zero at the last step)
     warmup_fraction: float = 0.0
@@ -102,6 +103,7 @@ class OptimizerConfig:
             self.schedule in ("constant", "linear", "cosine"),
             f"optimizer.schedule is {self.schedule!r}: use constant, linear or cosine",
         )
+        _check(self.name in ("adamw", "muon"), f"optimizer.name is {self.name!r}: use adamw or muon")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import jax
 import optax
+import optax.contrib
 
 from pit_jax.config import OptimizerConfig
 
@@ -29,14 +30,47 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
         names = ("scale", "bias", "head")
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in names, params)
 
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            make_schedule(config, num_steps),
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.epsilon,
+    schedule = make_schedule(config, num_steps)
+    clip = optax.clip_by_global_norm(config.clip_norm)
+    if config.name == "muon":
+        muon = optax.contrib.muon(
+            schedule,
             weight_decay=config.weight_decay,
-            mask=decayed,
-        ),
+            weight_decay_mask=decayed,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            muon_weight_dimension_numbers=_matrices,
+            consistent_rms=0.2,  # updates as large as Adam's, so that both share a learning rate
+        )
+        return optax.chain(clip, _laid_out_by_compiler(muon))
+    adamw = optax.adamw(
+        schedule, b1=config.b1, b2=config.b2, eps=config.epsilon, weight_decay=config.weight_decay, mask=decayed
     )
+    return optax.chain(clip, adamw)
+
+
+def _laid_out_by_compiler(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner` with layouts inside it left to the compiler: products of a sharded matrix with itself need a gather."""
+
+    def update(updates, state, params=None):
+        specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (updates, state))
+        return jax.sharding.auto_axes(inner.update, out_sharding=specs)(updates, state, params)
+
+    return optax.GradientTransformation(inner.init, update)
+
+
+_INPUTS = {"q": 1, "k": 1, "v": 1, "o": 3, "gate": 1, "up": 1, "down": 1}
+"""Weight of a layer -> how many axes behind the layer axis are its inputs."""
+
+
+def _matrices(params):
+    """Which axes of each weight Muon takes for rows and columns; None for what Adam updates."""
+
+    def axes(path, leaf):
+        name = path[-1].key
+        if name not in _INPUTS:
+            return None
+        inner = 1 + _INPUTS[name]
+        return optax.contrib.MuonDimensionNumbers(tuple(range(1, inner)), tuple(range(inner, leaf.ndim)))
+
+    return jax.tree_util.tree_map_with_path(axes, params)

@@ -267,18 +267,21 @@ CLAUSES = {
 """kind -> how a reflection names the requirement, before it says whether the answer meets it."""
 
 
-def word_forms() -> list[str]:
+def word_forms(*more: str) -> list[str]:
     """Each word of the task in the forms that rows use: plain, capitalised, upper case, after "#".
 
     Training text for a vocabulary, beside the rows. SentencePiece's unigram model takes as candidates only strings that
     occur in several distinct words, however often they occur, and would split words such as "Use" that always stand
     alone.
+
+    Args:
+      more: texts whose words are to be whole as well.
     """
     texts = [*BANK, *TOPICS, *JSON_KEYS, *STARTERS, *WORD_TAILS, *SENTENCES, *ITEM_CORES, *ITEMS]
     texts += [text for tails in TAILS.values() for text in tails]
     texts += [text for called, cores in TASKS.values() for text in (called, *cores)]
     texts += [text for wordings in PHRASINGS.values() for text in wordings]
-    texts += [*CLAUSES.values(), "yes no all of met", "Review Improve it HTML Markdown JSON"]
+    texts += [*CLAUSES.values(), "yes no lacks nothing HTML Markdown JSON", *more]
     forms = []
     for word in sorted({w for text in texts for w in re.findall(r"[A-Za-z]+", re.sub(r"\{.\}", " ", text))}):
         for form in dict.fromkeys((word, word.lower(), word.capitalize(), word.upper())):

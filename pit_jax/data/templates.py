@@ -36,6 +36,11 @@ def load(name: str, folder: str | Path | None = None) -> str:
     return text
 
 
+def literals(folder: str | Path | None = None) -> str:
+    """The words of all templates, for training a tokenizer."""
+    return " ".join(_PARTS.sub(" ", load(name, folder)) for name in FIELDS)
+
+
 Template = tuple[tuple[str, str | tuple[int, ...]], ...]
 """Parts in order: ("ids", ids of a literal or of a control symbol) or ("field", its name)."""
 
@@ -44,11 +49,12 @@ def parse(tokenizer: Tokenizer, text: str) -> Template:
     """A template's text with its literals encoded.
 
     Literals and fields are encoded one by one, so a field cannot merge with what stands beside it, and a control
-    symbol is made only where the template itself has one.
+    symbol is made only where the template itself has one. A tokenizer puts a space before a text, so a literal gives
+    up the one before a field.
     """
     control = {**tokenizer.control_ids, END: tokenizer.eos_id}
     parts: list[tuple[str, str | tuple[int, ...]]] = [("ids", (tokenizer.bos_id,))]
-    for part in _PARTS.split(text):
+    for part in _PARTS.split(re.sub(r" (?=\{[a-z_]+\})", "", text)):
         if part in control:
             parts.append(("ids", (control[part],)))
         elif part.startswith("{") and part.endswith("}"):

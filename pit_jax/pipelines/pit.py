@@ -34,6 +34,7 @@ from pit_jax.data import (
     sources,
     synthetic,
     synthetic_text,
+    templates,
     tokenizer as tokenizer_lib,
     verifier,
 )
@@ -129,7 +130,7 @@ def data_stage(context: Context) -> dict:
         # From the first fold alone (section 4.1's D_SFT): the others must stay unseen until their stage.
         texts = [text for row in raw["sft"] for text in (row.prompt, row.rejected, row.chosen, row.reflection)]
         if config.data.source == "synthetic":
-            texts += synthetic_text.word_forms()  # each word of the lexicon whole, in its three cases
+            texts += synthetic_text.word_forms(templates.literals())  # each word of the lexicon whole, in its three cases
         model = tokenizer_lib.train(texts, config.tokenizer.vocab_size)
     (root / "tokenizer.model").write_bytes(model)
     encoder = encode.make_encoder(tokenizer_lib.load(root / "tokenizer.model"), config.data)
