@@ -19,8 +19,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     sft = lambda **kw: c.SFTConfig(**{"sequence_length": 208, "batch_size": 16, **kw})  # noqa: E731
     adam = lambda rate, **kw: c.OptimizerConfig(learning_rate=rate, **kw)  # noqa: E731
     reward = c.RewardModelConfig(
-        optimizer=adam(7e-4, schedule="cosine", warmup_fraction=0.05), batch_size=16, num_epochs=1.0, eval_every=100,
-        save_every=100,
+        optimizer=adam(1e-3, name="muon", schedule="cosine", warmup_fraction=0.05), batch_size=32, num_epochs=1.0, eval_every=90,
+        save_every=90,
     )  # fmt: skip
     ppo = c.PPOConfig(
         policy_optimizer=adam(3e-4, warmup_fraction=0.05),
@@ -36,13 +36,15 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config = c.PitConfig(
         name="pit_synthetic",
         data=c.DataConfig(
-            size=13_000, num_test=640, num_pretrain=72_000, prompt_window=36, response_window=28, reflection_window=28
+            size=26_000, num_test=640, num_pretrain=72_000, prompt_window=32, response_window=24, reflection_window=28
         ),
         policy_model=model,
         pit_model=model,
         reward_model=model,
         pretrain=c.PretrainConfig(
-            sft=sft(optimizer=adam(2e-3, schedule="cosine", warmup_fraction=0.05), num_steps=2000),
+            sft=sft(
+                optimizer=adam(5e-3, name="muon", schedule="cosine", warmup_fraction=0.05), num_steps=1500
+            ),
             refinement_share=0.6,
         ),
         sft_policy=sft(optimizer=adam(5e-4, schedule="cosine", warmup_fraction=0.05)),

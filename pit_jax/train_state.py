@@ -75,4 +75,4 @@ def gradients(
 
         (grads, (weight, metrics)), _ = jax.lax.scan(add, start, pieces)
     grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1.0), grads)
-    return grads, metrics | {"grad_norm": (optax.global_norm(grads), jnp.float32(1.0))}
+    return grads, metrics | {"grad_norm": (optax.tree.norm(grads), jnp.float32(1.0))}

@@ -11,8 +11,9 @@ import os
 import sys
 
 os.environ.update(
-    JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v4-8", TPU_WORKER_HOSTNAMES="localhost"
-)
+    JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v4-8", TPU_WORKER_HOSTNAMES="localhost",
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # no TPU is held, so two test processes may compile at once
+)  # fmt: skip
 
 import jax
 import jax.numpy as jnp

@@ -16,6 +16,10 @@ def test_token_rows_by_hand():
     np.testing.assert_array_equal(batch.positions, [[0, 1, 2, 3, 0]] * 2)
     np.testing.assert_array_equal(batch.loss_mask, [[0, 0, 1, 1, 0], [0, 0, 0, 1, 0]])
     assert [x.dtype for x in batch] == [np.int32, np.int32, np.int32, np.bool_]
+    dialogue = batches.token_rows([([1, 5], [6, 2], [7], [8, 2])], 8)
+    np.testing.assert_array_equal(dialogue.tokens, [[1, 5, 6, 2, 7, 8, 2, 0]])
+    np.testing.assert_array_equal(dialogue.segments, [[1] * 7 + [0]])
+    np.testing.assert_array_equal(dialogue.loss_mask, [[0, 0, 1, 1, 0, 1, 1, 0]])
     whole = batches.token_rows([([1, 5], [6, 2])], 5, loss_on_prompt=True)
     np.testing.assert_array_equal(whole.loss_mask, [[0, 1, 1, 1, 0]])
 
@@ -60,7 +64,7 @@ def test_a_row_that_is_too_long_is_an_error():
         batches.token_rows(rows, 4)
     with pytest.raises(ValueError, match="prompt 1 has 3 tokens, more than the window 2"):
         batches.prompt_rows([[1], [1, 2, 3]], 2)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="row 1 of group 0 has 3 tokens, more than the length 2"):
         batches.score_rows([([1], [1, 2, 3])], 2)
 
 

@@ -35,7 +35,7 @@ def test_chosen_meets_all_and_rejected_some(rows):
         assert all(verify(row.requirements, row.chosen)), row
         met = verify(row.requirements, row.rejected)
         assert any(met) and not all(met), row
-        assert 3 <= len(row.requirements) <= 5 and row.requirements[0].kind == "topic"
+        assert 2 <= len(row.requirements) <= 4 and row.requirements[0].kind == "topic"
         assert "<<" not in row.prompt + row.chosen + row.rejected + row.reflection
 
 
@@ -50,8 +50,10 @@ def test_failures_are_those_of_a_half_trained_model(rows):
     faults = collections.Counter(kind for row in rows for kind in failed(row))
     share = sum(faults[kind] for kind in COPYING) / sum(faults.values())
     assert 0.5 <= share <= 0.85
-    counts = np.bincount([min(len(failed(row)), 3) for row in rows]) / len(rows)
-    np.testing.assert_allclose(counts, [0, 0.5, 0.3, 0.2], atol=0.04)
+    counts = np.bincount([len(failed(row)) for row in rows]) / len(rows)
+    # 1, 2 or 3 with 0.6, 0.3, 0.1, but never all of the 2, 3 or 4 that are asked (0.2, 0.6, 0.2 of the rows).
+    expected = [0, 0.2 + 0.8 * 0.6, 0.8 * 0.3 + 0.6 * 0.1, 0.2 * 0.1]
+    np.testing.assert_allclose(counts, expected, atol=0.04)
     # Counts are missed from both sides, and a missing word is as often a wrong one as no word.
     off = collections.Counter()
     for row in rows:
@@ -165,42 +167,32 @@ def test_held_out_phrasings_are_only_in_test(splits):
 
 def test_reflect_by_hand():
     requirements = (Requirement("topic", "tea"), Requirement("hashtag", "lake"), Requirement("exactly_words", "7"))
-    texts = {synthetic.reflect(requirements, (True, False, True), np.random.default_rng(i)) for i in range(200)}
-    assert "The response meets 2 of 3 requirements. It mentions tea. It lacks #lake. It has 7 words." in texts
-    assert "It meets 2 of 3 requirements. It does mention tea. It should include #lake. It is 7 words long." in texts
-    assert len(texts) == 3 * 2 * 2 * 2
-    whole = synthetic.reflect(requirements[:1], (True,), np.random.default_rng(0))
-    assert re.fullmatch(r".* meets all 1 requirements\. It (mentions|does mention) tea\.", whole)
+    assert synthetic.reflect(requirements, (True, False, True)) == "topic tea yes, #lake no, exactly 7 words yes."
+    assert synthetic.reflect(requirements[:1], (True,)) == "topic tea yes."
 
 
 def test_reflections_are_true(rows):
-    """Read back: the count, then clause by clause whether it is one of the met or of the unmet wordings."""
-    for kind, (met, unmet) in synthetic_text.CLAUSES.items():
-        assert not set(met) & set(unmet), kind
+    """Read back, clause by clause: the name of the requirement, then the verifier's verdict on y_l."""
+    names = [name.format(v="X") for name in synthetic_text.CLAUSES.values()]
+    assert len(set(names)) == len(names)
     for row in rows[:1500]:
-        met = verify(row.requirements, row.rejected)
-        opening, rest = re.fullmatch(
-            r"(?:The response|The answer|It) meets (\d of \d) requirements\. (.*)", row.reflection
-        ).groups()
-        assert opening == f"{sum(met)} of {len(met)}"
-        clauses = re.split(r"(?<=\.) (?=It )", rest)
-        for r, ok, clause in zip(row.requirements, met, clauses, strict=True):
-            said = {
-                state: {f"It {c.format(v=r.value)}." for c in synthetic_text.CLAUSES[r.kind][state]} for state in (0, 1)
-            }
-            assert clause in said[0 if ok else 1] and clause not in said[1 if ok else 0]
+        clauses = row.reflection.removesuffix(".").split(", ")
+        for r, ok, clause in zip(row.requirements, verify(row.requirements, row.rejected), clauses, strict=True):
+            name, verdict = clause.rsplit(" ", 1)
+            assert name == synthetic_text.CLAUSES[r.kind].format(v=r.value)
+            assert verdict == ("yes" if ok else "no")
 
 
 def test_rows_are_short_and_the_words_few(rows):
     size = lambda field: np.array([len(getattr(row, field).split()) for row in rows])  # noqa: E731
-    assert np.quantile(size("prompt"), 0.99) <= 40
-    assert 9 <= size("chosen").mean() <= 15 and np.quantile(size("chosen"), 0.99) <= 25
-    assert np.quantile(size("rejected"), 0.99) <= 25
-    assert np.quantile(size("reflection"), 0.99) <= 40
+    assert np.quantile(size("prompt"), 0.99) <= 30
+    assert 6 <= size("chosen").mean() <= 12 and np.quantile(size("chosen"), 0.99) <= 18
+    assert np.quantile(size("rejected"), 0.99) <= 18
+    assert np.quantile(size("reflection"), 0.99) <= 20
     lexicon = set()
     for row in rows:
         lexicon.update(re.findall(r"[a-z]+", f"{row.prompt} {row.chosen} {row.rejected} {row.reflection}".lower()))
-    assert len(lexicon) <= 450
+    assert len(lexicon) <= 300
 
 
 def test_bank_words_are_only_where_they_are_asked_for():
@@ -209,9 +201,9 @@ def test_bank_words_are_only_where_they_are_asked_for():
     texts += [*synthetic_text.JSON_KEYS, *synthetic_text.STARTERS, *synthetic_text.WORD_TAILS]
     texts += [tail for tails in synthetic_text.TAILS.values() for tail in tails]
     texts += [text for called, cores in synthetic_text.TASKS.values() for text in (called, *cores)]
-    assert len(set(synthetic_text.BANK)) == len(synthetic_text.BANK) >= 100
+    assert len(set(synthetic_text.BANK)) == len(synthetic_text.BANK) >= 40
     assert not set(synthetic_text.BANK) & {word for text in texts for word in words(text)}
-    assert len(synthetic_text.TASKS) >= 20 and len(set(synthetic_text.TOPICS)) >= 50
+    assert len(synthetic_text.TASKS) >= 12 and len(set(synthetic_text.TOPICS)) >= 20
     for length, tails in synthetic_text.TAILS.items():
         assert all(len(words(tail)) == length for tail in tails)
 
@@ -283,7 +275,7 @@ def test_combination_is_blind_to_wording_and_order():
 
 
 def test_answers_alone_give_little_away(rows):
-    """0.62 and 0.55, where a reader of the prompt reaches 1.0; 0.68 and 0.58 without what nobody asked for."""
+    """0.63 and 0.56, where a reader of the prompt reaches 1.0."""
     ours = synthetic.surface_baselines(rows[:4000], rows[4000:])
     assert 0.5 < ours["bag_of_words"] < 0.66
     assert 0.45 < ours["length"] < 0.60

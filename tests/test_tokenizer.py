@@ -112,8 +112,8 @@ def test_templates_have_one_bos_and_their_control_ids(tok, encoder):
     expected = {
         "policy": (encoder.policy_prompt(evil), [tok.bos_id]),
         "pit": (encoder.pit_prompt(evil, evil), [tok.bos_id, candidate, improved]),
-        "reflection": (encoder.reflection_prompt(evil, evil), [tok.bos_id]),
-        "refinement": (encoder.refinement_prompt(evil, evil, evil), [tok.bos_id]),
+        "reflection": (encoder.reflection_prompt(evil, evil), [tok.bos_id, tok.eos_id]),
+        "refinement": (encoder.refinement_prompt(evil, evil, evil), [tok.bos_id, tok.eos_id, tok.eos_id]),
     }
     for ids, control in expected.values():
         assert [i for i in ids if i in special] == control
@@ -126,12 +126,21 @@ def test_templates_have_one_bos_and_their_control_ids(tok, encoder):
 
 def test_the_literal_forms_of_appendix_a(tok, encoder):
     """Human: {x}Assistant:<<Candidate>> {y_ref}<<Improved>>; a field's first word is the piece of a word in a text."""
-    assert tok.decode(encoder.policy_prompt("the fox")) == "Human:  the fox Assistant:"
+    assert tok.decode(encoder.policy_prompt("the fox")) == "Human: the fox Assistant:"
     ids = encoder.pit_prompt("the fox", "a dog")
     at = ids.index(tok.control_ids[CANDIDATE])
     assert ids[:at] == encoder.policy_prompt("the fox"), "M_PIT's prompt begins as M_P's"
     assert ids[-1] == tok.control_ids[IMPROVED], "what follows <<Improved>> is sampled"
     assert ids[at + 1 : -1] == tok.encode("a dog")
+
+
+def test_the_self_refine_forms_go_on_where_an_answer_has_ended(tok, encoder):
+    """A review stands behind the EOS at which a reward model reads its score; a better answer behind the review."""
+    answer = encoder.policy_prompt("the fox") + encoder.response("a dog")
+    assert encoder.reflection_prompt("the fox", "a dog") == answer
+    ids = encoder.refinement_prompt("the fox", "a dog", "the lazy")
+    assert ids[: len(answer)] == answer
+    assert ids[len(answer) :][: len(encoder.response("the lazy"))] == encoder.response("the lazy")
 
 
 def test_fields_as_sampled_ids_are_taken_as_they_are(tok, encoder):

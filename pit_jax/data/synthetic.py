@@ -78,20 +78,20 @@ _KINDS, _SUMS = tuple(ASK_WEIGHTS), list(accumulate(ASK_WEIGHTS.values()))
 
 
 def reflect(requirements: Sequence[Requirement], met: Sequence[bool]) -> str:
-    """A reflection: how many requirements an answer meets, then each of them with yes or no (PIT appendix D).
+    """A reflection: each requirement, and whether an answer meets it (c of PIT appendix D).
 
-    A requirement is named before it is judged, so that a model which writes this looks it up first.
+    A requirement is named before it is judged, so that a model which writes this looks for it in the answer. What says
+    how many are met must not come first: the judgements could then be had without reading the answer.
 
     Args:
       requirements: of the prompt, in its order.
       met: which of them the answer meets, from `verify`.
 
     Returns:
-      "1 of 2 met: topic tea yes, #silver no."
+      "topic tea yes, #silver no."
     """
     named = [text_of.CLAUSES[r.kind].format(v=r.value) for r in requirements]
-    judged = ", ".join(f"{name} {'yes' if ok else 'no'}" for name, ok in zip(named, met, strict=True))
-    return f"{sum(met)} of {len(met)} met: {judged}."
+    return ", ".join(f"{name} {'yes' if ok else 'no'}" for name, ok in zip(named, met, strict=True)) + "."
 
 
 def _draw_requirements(rng, topic: str) -> tuple[Requirement, ...]:
