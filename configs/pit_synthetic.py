@@ -29,21 +29,21 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         rollout_size=128,
         num_epochs=1,
         num_minibatches=4,
-        kl_coef=0.03,
+        kl_coef=0.1,
         eval_every=10,
         save_every=10,
     )
     config = c.PitConfig(
         name="pit_synthetic",
         data=c.DataConfig(
-            size=26_000, num_test=640, num_pretrain=72_000, prompt_window=32, response_window=24, reflection_window=28
+            size=39_000, num_test=680, num_pretrain=48_000, prompt_window=34, response_window=24, reflection_window=28
         ),
         policy_model=model,
         pit_model=model,
         reward_model=model,
         pretrain=c.PretrainConfig(
             sft=sft(
-                optimizer=adam(5e-3, name="muon", schedule="cosine", warmup_fraction=0.05), num_steps=1500
+                optimizer=adam(5e-3, name="muon", schedule="cosine", warmup_fraction=0.05), num_steps=800
             ),
             refinement_share=0.6,
         ),
@@ -51,7 +51,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         sft_pit=sft(optimizer=adam(5e-4, schedule="cosine", warmup_fraction=0.05)),
         r_p=reward,
         r_pit=reward,
-        evaluator=dataclasses.replace(reward, num_epochs=0.5),
+        evaluator=dataclasses.replace(reward, num_epochs=0.33),
         ppo=ppo,
         ppo_pit=ppo,
         evaluation=c.EvaluationConfig(num_prompts=640, batch_size=128),

@@ -72,7 +72,7 @@ _VALUES = dict(exactly_words=(5, 8), at_most_words=(5, 8), sentences=(2, 3), bul
 _MINIMAL_EDITS = 0.6  # share of pairs with one base text
 # Answers to which something is added that nobody asked for, beyond what all drafts have. A failure more often takes a
 # mark or a bank word away than it adds one; without this, counting them would tell y_w from y_l.
-_UNASKED_IN_REJECTED = 0.35
+_UNASKED_IN_REJECTED = 0.2
 
 _KINDS, _SUMS = tuple(ASK_WEIGHTS), list(accumulate(ASK_WEIGHTS.values()))
 

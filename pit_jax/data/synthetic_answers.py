@@ -17,6 +17,7 @@ _MARKS = dict(
     html_bold=("<b>", "</b>"), html_italic=("<i>", "</i>"), markdown_bold=("**", "**"), parentheses=("(", ")")
 )
 _FRAMES = dict(html_paragraph=("<p>", "</p>"), quotes=('"', '"'), json=('{"KEY": "', '"}'), markdown_heading=("# ", ""))
+_DISTRACTORS = 0.1  # share of drafts with a bank word that nobody asked for
 _UNASKED = 0.06  # share of drafts with a form or a bank word that nobody asked for
 
 
@@ -188,11 +189,11 @@ def compose(rng, task: str, topic: str, needs: dict[str, str], used: set[str]) -
     # 1. Words that are asked for, and one from the same bank that is not.
     ends_with = needs.get("ends_with")
     starts_with = needs.get("starts_with") or (
-        fresh_word(rng, used) if rng.random() < 0.1 and "json" not in needs else None
+        fresh_word(rng, used) if rng.random() < 0.05 and "json" not in needs else None
     )
     if "contains" in needs:
         _insert(rng, draft, _word_tail(rng, needs["contains"]), False)
-    if rng.random() < 0.35:
+    if rng.random() < _DISTRACTORS:
         _insert(rng, draft, _word_tail(rng, fresh_word(rng, used)), False)
     if starts_with:
         parts[0][:0] = [Chunk([starts_with], "word"), Chunk(pick(rng, text_of.STARTERS).split())]
@@ -240,7 +241,7 @@ def compose(rng, task: str, topic: str, needs: dict[str, str], used: set[str]) -
     draft.case = next((k[:5] for k in ("upper_case", "lower_case") if k in needs), "sentence")
     if "hashtag" in needs:
         draft.hashtags = ["#" + needs["hashtag"]]
-        if rng.random() < 0.15:
+        if rng.random() < 0.05:
             draft.hashtags.insert(integer(rng, 0, 1), "#" + fresh_word(rng, used))
     elif "hashtags" in needs:
         draft.hashtags = _distinct_tags(rng, int(needs["hashtags"]), used)

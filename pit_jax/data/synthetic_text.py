@@ -12,16 +12,12 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-BANK = _words(
-    "gold silver copper glass paper cotton silk stone honey sugar pepper lemon orange apple butter corn "
-    "music magic hope trust peace energy summer winter morning rain snow fire river forest valley island "
-    "castle bridge candle mirror ribbon tiger rabbit rose"
-)
+BANK = _words("gold silver paper cotton sugar lemon apple music magic hope peace summer river castle tiger rose")
 """Words that `contains`, `avoids`, `starts_with`, `ends_with` and hashtags ask for."""
 
 TOPICS = (
-    *_words("coffee tea pizza soup yoga chess tennis hiking painting reading robots bikes books games"),
-    *("tea party", "pizza party", "game night", "pizza night", "book club", "chess club", "yoga class", "art class"),
+    *_words("coffee tea pizza yoga chess hiking robots books games"),
+    *("tea party", "pizza party", "game night", "pizza night", "chess club", "book club"),
 )
 """What an answer is about. Two-word topics share their halves, so that half of one can be another's."""
 
