@@ -142,14 +142,17 @@ class RewardModelConfig:
     num_steps: int = 0  # 0: from num_epochs
     num_epochs: float = 1.0
     loss: str = "gap"  # R_PIT: gap (Equation 2), gap_no_diagonal, mse, r_p_difference (all appendix C)
-    start_from: str = "pretrain"  # pretrain (Algorithm 1) or sft
+    start_from: str = "pretrain"  # pretrain (Algorithm 1), sft, or r_p (R_PIT only)
     eval_every: int = 50  # steps between accuracies on the selection rows; the best checkpoint is kept
     save_every: int = 50
 
     def __post_init__(self):
         losses = ("gap", "gap_no_diagonal", "mse", "r_p_difference")
         _check(self.loss in losses, f"reward model loss is {self.loss!r}: use one of {', '.join(losses)}")
-        _check(self.start_from in ("pretrain", "sft"), f"start_from is {self.start_from!r}: use pretrain or sft")
+        _check(
+            self.start_from in ("pretrain", "sft", "r_p"),
+            f"start_from is {self.start_from!r}: use pretrain, sft or (R_PIT only) r_p",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,6 +258,8 @@ class PitConfig:
             "sft_pit.chain_of_thought is for the SFT model only (appendix K: RL would need data that tells good "
             "reflections from bad ones): set --config.curriculum= (empty) with it.",
         )
+        for name in ("r_p", "evaluator"):
+            _check(getattr(self, name).start_from != "r_p", f"{name}.start_from=r_p: only r_pit comes after R_P")
         for arm in self.arms:
             _check(arm in ARMS, f"arms names {arm!r}: use {', '.join(ARMS)}")
 

@@ -386,15 +386,18 @@ def reward_stage(
     config, e = context.config, context.encoder
     model = ScalarModel(sized(config.reward_model, e))
     params = init_params(model, key_of(config, stage))
-    if settings.start_from == "pretrain":
-        backbone = load_pretrained(context, config.reward_model)["params"]
+    if settings.start_from == "r_p":
+        params = load_model(context, "r_p")
     else:
-        source, sizes = ("sft_pit", config.pit_model) if stage == "r_pit" else ("sft_policy", config.policy_model)
-        if sizes != config.reward_model:
-            raise ValueError(f"{stage}.start_from=sft needs config.reward_model equal to the sizes of {source}")
-        backbone = load_model(context, source)["params"]
-    backbone = {k: v for k, v in backbone.items() if k != "unembedding"}
-    params = {"params": {**params["params"], "backbone": backbone}}
+        if settings.start_from == "pretrain":
+            backbone = load_pretrained(context, config.reward_model)["params"]
+        else:
+            source, sizes = ("sft_pit", config.pit_model) if stage == "r_pit" else ("sft_policy", config.policy_model)
+            if sizes != config.reward_model:
+                raise ValueError(f"{stage}.start_from=sft needs config.reward_model equal to the sizes of {source}")
+            backbone = load_model(context, source)["params"]
+        backbone = {k: v for k, v in backbone.items() if k != "unembedding"}
+        params = {"params": {**params["params"], "backbone": backbone}}
 
     groups = make_groups(e, rows)
     length = batches.round_up(max(len(ids) for group in groups for ids in group))
