@@ -42,7 +42,7 @@ def get_config() -> ml_collections.ConfigDict:
         r_p=reward,
         r_pit=reward,
         evaluator=reward,
-        ppo=c.PPOConfig(),
-        ppo_pit=c.PPOConfig(),
+        ppo=c.PPOConfig(chunk_size=128),
+        ppo_pit=c.PPOConfig(chunk_size=128),
     )
     return c.to_config_dict(config)

@@ -19,9 +19,12 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     sft = lambda **kw: c.SFTConfig(**{"sequence_length": 208, "batch_size": 16, **kw})  # noqa: E731
     adam = lambda rate, **kw: c.OptimizerConfig(learning_rate=rate, **kw)  # noqa: E731
     reward = c.RewardModelConfig(
-        optimizer=adam(1e-3, name="muon", schedule="cosine", warmup_fraction=0.05), batch_size=32, num_epochs=1.0, eval_every=90,
+        optimizer=adam(1e-3, name="muon", schedule="cosine", warmup_fraction=0.05),
+        batch_size=32,
+        num_epochs=1.0,
+        eval_every=90,
         save_every=90,
-    )  # fmt: skip
+    )
     ppo = c.PPOConfig(
         policy_optimizer=adam(3e-4, warmup_fraction=0.05),
         value_optimizer=adam(1e-3),
@@ -42,19 +45,17 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         pit_model=model,
         reward_model=model,
         pretrain=c.PretrainConfig(
-            sft=sft(
-                optimizer=adam(5e-3, name="muon", schedule="cosine", warmup_fraction=0.05), num_steps=800
-            ),
+            sft=sft(optimizer=adam(5e-3, name="muon", schedule="cosine", warmup_fraction=0.05), num_steps=800),
             refinement_share=0.6,
         ),
-        sft_policy=sft(optimizer=adam(5e-4, schedule="cosine", warmup_fraction=0.05)),
-        sft_pit=sft(optimizer=adam(5e-4, schedule="cosine", warmup_fraction=0.05)),
-        r_p=reward,
-        r_pit=reward,
-        evaluator=dataclasses.replace(reward, num_epochs=0.33),
+        sft_policy=sft(optimizer=adam(5e-4, schedule="cosine", warmup_fraction=0.05), num_epochs=0.5),
+        sft_pit=sft(optimizer=adam(5e-4, schedule="cosine", warmup_fraction=0.05), num_epochs=0.5),
+        r_p=dataclasses.replace(reward, num_epochs=2.0),
+        r_pit=dataclasses.replace(reward, start_from="r_p"),
+        evaluator=dataclasses.replace(reward, num_epochs=0.25),
         ppo=ppo,
-        ppo_pit=ppo,
-        evaluation=c.EvaluationConfig(num_prompts=640, batch_size=128),
+        ppo_pit=dataclasses.replace(ppo, num_iterations=50, kl_coef=0.05),
+        evaluation=c.EvaluationConfig(num_prompts=640, batch_size=128, num_pairs=2),
     )
     if variant == "smoke":
         config = smoke(config)

@@ -190,6 +190,7 @@ class PPOConfig:
     entropy_coef: float = 0.0
     missing_eos_penalty: float = 1.0  # taken from the score of a response without EOS
     normalize_scores: bool = True  # (score - running mean) / running standard deviation
+    chunk_size: int = 0  # log-probs over this many positions at a time; 0: all at once
     value_warmup: int = 0  # first iterations in which only the value model learns
     eval_every: int = 10  # iterations between candidates for the choice by KL bin (appendix F)
     save_every: int = 5

@@ -77,9 +77,14 @@ def test_folder_reads_all_files_in_order(tmp_path):
     write(tmp_path / "c.jsonl", row(3), row(4, rejected="w4"))
     write(tmp_path / "a.jsonl.xz", row(0), row(1))
     write(tmp_path / ".hidden", b"\x00")
-    (tmp_path / "folder").mkdir()
+    for name in ("folder", "d", ".git"):
+        (tmp_path / name).mkdir()
+    write(tmp_path / "d" / "a.jsonl", row(5))
+    write(tmp_path / ".git" / "a.jsonl", b"\x00")
+    write(tmp_path / "README.md", b"no row")
+    write(tmp_path / "c.jsonl.txt", b"no row")
     rows, counts = sources.read(tmp_path)
-    assert [r.prompt for r in rows] == ["p0", "p1", "p2", "p3"]
+    assert [r.prompt for r in rows] == ["p0", "p1", "p2", "p3", "p5"]
     assert counts == {"same_answers": 1}
     message = error_of(sources.read, tmp_path / "folder")
     assert str(tmp_path / "folder") in message and "no files" in message

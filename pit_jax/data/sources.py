@@ -41,16 +41,21 @@ class _Line(NamedTuple):
     row: dict[str, Any]
 
 
+_ROWS = re.compile(r"\.jsonl(\.gz|\.xz)?$", re.IGNORECASE)
+
+
 def _files(path: str | Path) -> list[Path]:
     path = Path(path)
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
     if not path.is_dir():
         return [path]
-    files = sorted(f for f in path.iterdir() if f.is_file() and not f.name.startswith("."))
+    # HH-RLHF comes as folders with a train.jsonl.gz and a test.jsonl.gz each, beside a README and a licence.
+    inside = (f.relative_to(path) for f in path.rglob("*.jsonl*") if f.is_file())
+    files = sorted(f for f in inside if _ROWS.search(f.name) and not any(part.startswith(".") for part in f.parts))
     if not files:
-        raise DataError(f"{path}: the folder has no files (its subfolders are not read: name one of them)")
-    return files
+        raise DataError(f"{path}: no files of rows in this folder or below it (.jsonl, .jsonl.gz or .jsonl.xz)")
+    return [path / f for f in files]
 
 
 def _open(path: Path) -> BinaryIO:
@@ -151,7 +156,8 @@ def read_jsonl(path: str | Path, *, drop_empty: bool = False) -> tuple[Rows, Cou
     dropped and counted.
 
     Args:
-      path: a file, or a folder whose files are read in the order of their names; .gz and .xz are decompressed.
+      path: a file, or a folder whose files (also in subfolders) are read in the order of their names; .gz and .xz are
+        decompressed.
       drop_empty: drops and counts rows with an empty answer, which are otherwise an error.
 
     Returns:
@@ -259,7 +265,8 @@ def read(path: str | Path, format: str = "auto") -> tuple[Rows, Counts]:
     """Reads preference rows.
 
     Args:
-      path: a file, or a folder whose files are read in the order of their names; .gz and .xz are decompressed.
+      path: a file, or a folder whose files (also in subfolders) are read in the order of their names; .gz and .xz are
+        decompressed.
       format: jsonl, hh_rlhf, or auto, which looks at the first row.
 
     Returns:

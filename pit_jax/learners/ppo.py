@@ -8,6 +8,7 @@ A prompt followed by its sampled response is, token for token, the row that R_P 
 One iteration, in numbered steps: `collect` is 1 to 6, `update` is 7.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -166,6 +167,9 @@ def make_ppo(
        the typed PRNG key of the run: an iteration folds its number in. As an argument, it lets rounds share a program.
     """
     settings = SamplingConfig(max_new_tokens=max_new_tokens, temperature=config.temperature)
+    read = functools.partial(
+        response_log_probs, model, temperature=config.temperature, chunk_size=config.chunk_size
+    )  # fmt: skip
 
     def iteration_key(key: Array, state: PPOState, purpose: int) -> Array:
         return jax.random.fold_in(jax.random.fold_in(key, state.step), purpose)
@@ -178,7 +182,7 @@ def make_ppo(
         )
         mask = rollout.response_mask
         # 2. Log-probs under the SFT policy, and the KL per token.
-        ref_log_probs, _ = response_log_probs(model, ref_params, rollout, temperature=config.temperature)
+        ref_log_probs, _ = read(ref_params, rollout)
         kl = adv.kl_estimate(rollout.log_probs, ref_log_probs, kind=config.kl_estimator) * mask
         # 3. Scores, less a penalty where no EOS came; running statistics bring them to unit scale.
         raw = score(reward_params, rollout, batch)
@@ -209,7 +213,7 @@ def make_ppo(
 
     def policy_loss(params: Params, batch: Experience):
         rollout, mask = batch.rollout, batch.rollout.response_mask
-        log_probs, entropy = response_log_probs(model, params, rollout, temperature=config.temperature)
+        log_probs, entropy = read(params, rollout)
         per_row, metrics = policy_gradient.ppo_policy_loss(
             log_probs, rollout.log_probs, batch.advantages, mask, epsilon=config.epsilon,
             entropy=entropy, entropy_coef=config.entropy_coef,

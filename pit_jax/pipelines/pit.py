@@ -130,7 +130,9 @@ def data_stage(context: Context) -> dict:
         # From the first fold alone (section 4.1's D_SFT): the others must stay unseen until their stage.
         texts = [text for row in raw["sft"] for text in (row.prompt, row.rejected, row.chosen, row.reflection)]
         if config.data.source == "synthetic":
-            texts += synthetic_text.word_forms(templates.literals())  # each word of the lexicon whole, in its three cases
+            texts += synthetic_text.word_forms(
+                templates.literals()
+            )  # each word of the lexicon whole, in its three cases
         model = tokenizer_lib.train(texts, config.tokenizer.vocab_size)
     (root / "tokenizer.model").write_bytes(model)
     encoder = encode.make_encoder(tokenizer_lib.load(root / "tokenizer.model"), config.data)
@@ -206,7 +208,7 @@ def likelihood_stage(
     loss_on_prompt: bool = False,
     unlikely: Sequence[batches.Turns] = (),
 ) -> dict:
-    """Trains a decoder on rows of (prompt ids, response ids), or of more turns, and leaves its last parameters behind (appendix F)."""
+    """Trains a decoder on rows of (prompt ids, response ids) or more turns: the last parameters stay (appendix F)."""
     rng = np.random.default_rng(seed_of(context.config, f"{stage}/order"))
     order = rng.permutation(len(rows))
     rows = [rows[i] for i in order]
