@@ -94,7 +94,7 @@ def test_a_tuple_from_a_comma_string(text, expected):
         (lambda: c.DataConfig(source="web"), "'web': use synthetic or file"),
         (lambda: c.OptimizerConfig(schedule="step"), "'step': use constant, linear or cosine"),
         (lambda: c.RewardModelConfig(loss="hinge"), "'hinge': use one of gap, "),
-        (lambda: c.RewardModelConfig(start_from="rl"), "'rl': use pretrain, sft or (R_PIT only) r_p"),
+        (lambda: c.RewardModelConfig(start_from="rl"), r"'rl': use pretrain, sft or \(R_PIT only\) r_p"),
         (lambda: c.PitConfig(r_p=c.RewardModelConfig(start_from="r_p")), "only r_pit comes after R_P"),
         (lambda: c.PPOConfig(kl_estimator="k2"), "'k2': use k1 or k3"),
         (lambda: c.PPOConfig(rollout_size=10, num_minibatches=4), "10 must be a multiple of ppo.num_minibatches=4"),

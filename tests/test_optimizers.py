@@ -57,9 +57,10 @@ def test_muon_makes_the_singular_values_of_a_matrix_alike(muon, name, inputs):
 
 
 def test_muon_leaves_embeddings_and_norms_to_adam(muon):
-    """Adam's first update is the learning rate times the sign of the gradient."""
+    """NAdam's first update, m = 0.1 g: lr (0.9 m / (1 - 0.9^2) + 0.1 g / (1 - 0.9)) / |g|."""
+    expected = 0.1 * (0.9 * 0.1 / (1 - 0.9**2) + 1)
     for update in (muon["embedding"], muon["norm"]["scale"], muon["layers"]["mlp_norm"]["scale"]):
-        np.testing.assert_allclose(np.abs(update), 0.1, rtol=1e-4)
+        np.testing.assert_allclose(np.abs(update), expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(2, 1), (1, 2), (4, 2)])

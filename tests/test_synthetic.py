@@ -201,9 +201,9 @@ def test_bank_words_are_only_where_they_are_asked_for():
     texts += [*synthetic_text.JSON_KEYS, *synthetic_text.STARTERS, *synthetic_text.WORD_TAILS]
     texts += [tail for tails in synthetic_text.TAILS.values() for tail in tails]
     texts += [text for called, cores in synthetic_text.TASKS.values() for text in (called, *cores)]
-    assert len(set(synthetic_text.BANK)) == len(synthetic_text.BANK) >= 40
+    assert len(set(synthetic_text.BANK)) == len(synthetic_text.BANK) >= 16
     assert not set(synthetic_text.BANK) & {word for text in texts for word in words(text)}
-    assert len(synthetic_text.TASKS) >= 12 and len(set(synthetic_text.TOPICS)) >= 20
+    assert len(synthetic_text.TASKS) >= 12 and len(set(synthetic_text.TOPICS)) >= 15
     for length, tails in synthetic_text.TAILS.items():
         assert all(len(words(tail)) == length for tail in tails)
 
@@ -265,7 +265,7 @@ def test_split_keeps_equal_prompts_together_and_ignores_the_order():
 def test_combination_is_blind_to_wording_and_order():
     first = PreferenceExample("Write a poster. B", "", "", "", (Requirement("topic", "tea"), Requirement("quotes")))
     second = PreferenceExample("B Make a poster", "", "", "", (Requirement("quotes"), Requirement("topic", "tea")))
-    other = PreferenceExample("Write a motto. B", "", "", "", first.requirements)
+    other = PreferenceExample("Write a slogan. B", "", "", "", first.requirements)
     assert synthetic.combination(first) == synthetic.combination(second) != synthetic.combination(other)
     with pytest.raises(ValueError, match="no synthetic task"):
         synthetic.combination(PreferenceExample("Write an opera.", "", ""))

@@ -169,7 +169,7 @@ def test_a_folder_of_templates(tok, folder):
     (folder / "policy.txt").write_text(f"Q {{prompt}} {IMPROVED} A", encoding="utf-8")
     custom = encode.Encoder(tok, 12, 8, 4, str(folder))
     improved = tok.control_ids[IMPROVED]
-    expected = [tok.bos_id, *tok.encode("Q "), *tok.encode("tea"), *tok.encode(" "), improved, *tok.encode(" A")]
+    expected = [tok.bos_id, *tok.encode("Q"), *tok.encode("tea"), *tok.encode(" "), improved, *tok.encode(" A")]
     assert custom.policy_prompt("tea") == expected
     default = encode.Encoder(tok, 12, 8, 4)
     assert custom.pit_prompt("tea", "dog") == default.pit_prompt("tea", "dog")

@@ -215,7 +215,7 @@ def _reward_models(context, rows) -> dict[str, dict]:
             groups = [[[*e.policy_prompt(x), *y, e.tokenizer.eos_id] for y in (a, b)] for x, a, b in pairs]
             for name in ("r_p", "evaluator"):
                 scores = pit.score_groups(*_model(context, name), groups)
-                own[name] = scores[:, 0] - scores[:, 1]
+                own[name] = scores[:, 0] - scores[:, 1] if groups else margin
             for name, predicted in own.items():
                 values = agreement.pair_accuracy_excluding_ties(predicted, margin)
                 report[name] |= {f"{prefix}_{k}": v for k, v in values.items()}

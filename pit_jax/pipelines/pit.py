@@ -367,6 +367,8 @@ def gap_scores(
     """
     e = context.encoder
     eos = e.tokenizer.eos_id
+    if not triples:
+        return np.zeros((0, pairings), np.float32)
     if context.config.r_pit.loss == "r_p_difference":
         form = lambda x, y: [*e.policy_prompt(x), *y, eos]  # noqa: E731
         groups = [(form(x, y1), form(x, y2)) for x, y1, y2 in triples]
