@@ -3,9 +3,8 @@
     python -m pit_jax.train --config=configs/pit_hh_rlhf.py:small --config.data.path=FOLDER --workdir=runs/hh
 
 FOLDER holds .jsonl, .jsonl.gz or .jsonl.xz files of {"chosen", "rejected"} dialogues, in subfolders too; a file does as
-well. `small`
-trains a decoder from scratch on what the folds hold: enough to run every stage on real pairs, far too little to write
-English.
+well. `small` trains a decoder from scratch on what the folds hold: enough to run every stage on real pairs, far too
+little to write English.
 """
 
 import dataclasses

@@ -88,7 +88,7 @@ class TokenizerConfig:
 class OptimizerConfig:
     """AdamW or Muon with warm-up, decay and a global-norm clip."""
 
-    name: str = "adamw"  # adamw, muon (for the matrices of the layers; AdamW for the rest)
+    name: str = "adamw"  # adamw, muon (for the matrices of the layers; NAdam for the rest)
     learning_rate: float = 3e-5
     schedule: str = "constant"  # constant, linear, cosine (to zero at the last step)
     warmup_fraction: float = 0.0

@@ -36,7 +36,7 @@ def row_log_probs(
       model, params: the decoder.
       batch: rows.
       num_targets: at most so many targets are in any row, so the unembedding is applied to that many positions only
-        (answers are a fifth of pretraining text); 0: to all positions.
+        (most tokens of a row are read and not learnt); 0: to all positions.
       chunk_size: see `token_log_probs`.
 
     Returns:

@@ -130,9 +130,8 @@ def data_stage(context: Context) -> dict:
         # From the first fold alone (section 4.1's D_SFT): the others must stay unseen until their stage.
         texts = [text for row in raw["sft"] for text in (row.prompt, row.rejected, row.chosen, row.reflection)]
         if config.data.source == "synthetic":
-            texts += synthetic_text.word_forms(
-                templates.literals()
-            )  # each word of the lexicon whole, in its three cases
+            # Each word of the lexicon and of the templates whole, in its three cases.
+            texts += synthetic_text.word_forms(templates.literals())
         model = tokenizer_lib.train(texts, config.tokenizer.vocab_size)
     (root / "tokenizer.model").write_bytes(model)
     encoder = encode.make_encoder(tokenizer_lib.load(root / "tokenizer.model"), config.data)
@@ -265,8 +264,11 @@ def pretraining_rows(context: Context) -> list[tuple[list[int], ...]]:
         elif np.random.default_rng([seed_of(context.config, "pretrain/form"), i]).random() < share:
             read = e.reflection_prompt(row.prompt, bad[:-1])
             ask = e.refinement_prompt(row.prompt, bad[:-1], row.reflection)
-            behind = len(read) + len(e.response(row.reflection))
-            rows.append((read, e.response(row.reflection), ask[behind:], good))
+            review = e.response(row.reflection)
+            behind = len(read) + len(review)
+            if ask[:behind] != read + review:
+                raise ValueError("templates: refinement.txt must go on where reflection.txt, {feedback}<<End>> end")
+            rows.append((read, review, ask[behind:], good))
         else:
             all_met = synthetic.reflect(row.requirements, [True] * len(row.requirements))
             rows.append((e.policy_prompt(row.prompt), good + e.response(all_met)))
