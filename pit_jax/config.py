@@ -130,6 +130,7 @@ class PretrainConfig:
     checkpoint: str = ""  # folder of a saved M_pre (workdir/checkpoints/pretrain/STEP); empty: train one
     sft: SFTConfig = SFTConfig()
     refinement_share: float = 0.5  # rows (x, y_l, c, y_w) of both Self-Refine forms; the rest are (x, y_w, c)
+    learn_rejected: bool = False  # the dialogues' y_l is learnt as well
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +196,7 @@ class PPOConfig:
     eval_every: int = 10  # iterations between candidates for the choice by KL bin (appendix F)
     save_every: int = 5
     num_kl_bins: int = 4
+    max_kl: float = 0.0  # candidates further than this from the SFT policy (nats per response) are not chosen; 0: any
 
     def __post_init__(self):
         _check(self.kl_estimator in ("k1", "k3"), f"ppo.kl_estimator is {self.kl_estimator!r}: use k1 or k3")

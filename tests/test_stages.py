@@ -41,6 +41,15 @@ def test_choose_by_one_bin_is_the_best_score():
     assert [w["step"] for w in choose_by_kl_bin(measured, 100)[1]] == [0, 1, 2, 3]
 
 
+def test_choose_by_kl_bin_under_a_limit():
+    """A candidate that is too far counts neither by its score nor for its bin; where all are too far, the nearest."""
+    measured = {i: {"kl": kl, "score": s} for i, (kl, s) in enumerate([(0.0, 0.1), (1.5, 0.3), (1.9, 0.9), (4.0, 2.0)])}
+    assert choose_by_kl_bin(measured, 2)[0] == 3
+    assert choose_by_kl_bin(measured, 2, max_kl=1.9)[0] == 2
+    assert choose_by_kl_bin(measured, 2, max_kl=1.5)[0] == 1, "not step 2, though it wins the bin"
+    assert choose_by_kl_bin({k: measured[k] for k in (2, 3)}, 2, max_kl=0.5)[0] == 2
+
+
 def test_a_workdir_refuses_another_config(tmp_path):
     config = PitConfig()
     Workdir(tmp_path / "w", config)

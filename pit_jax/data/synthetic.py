@@ -40,8 +40,8 @@ ASK_WEIGHTS = (
 """How often a prompt asks for a kind; it always asks for the topic."""
 
 FAILURE_WEIGHTS = dict.fromkeys(ASK_WEIGHTS, 0.5) | (
-    dict(contains=4.0, hashtag=4.0, starts_with=3.0, ends_with=3.0, topic=0.9, avoids=1.0)
-    | dict(exactly_words=1.3, at_most_words=1.0, sentences=1.0, bullets=1.0, numbered=1.0, hashtags=1.2)
+    dict(contains=2.5, hashtag=1.5, starts_with=3.5, ends_with=3.5, topic=0.5, avoids=1.8)
+    | dict(exactly_words=3.0, at_most_words=2.0, sentences=2.0, bullets=1.0, numbered=1.0, hashtags=1.2)
 )
 """How often y_l fails a kind, relative to the other kinds of its prompt."""
 
@@ -69,10 +69,10 @@ _VALUES = dict(exactly_words=(5, 8), at_most_words=(5, 8), sentences=(2, 3), bul
     dict(numbered=(2, 3), hashtags=(2, 3))
 )  # smallest and largest
 
-_MINIMAL_EDITS = 0.6  # share of pairs with one base text
+_MINIMAL_EDITS = 0.9  # share of pairs with one base text
 # Answers to which something is added that nobody asked for, beyond what all drafts have. A failure more often takes a
 # mark or a bank word away than it adds one; without this, counting them would tell y_w from y_l.
-_UNASKED_IN_REJECTED = 0.2
+_UNASKED_IN_REJECTED = 0.3
 
 _KINDS, _SUMS = tuple(ASK_WEIGHTS), list(accumulate(ASK_WEIGHTS.values()))
 

@@ -328,7 +328,7 @@ def _neutral(draft, asked, word):
 
 def _fail_contains(draft, asked, value):
     how = asked.rng.random()
-    if how < 0.65:
+    if how < 0.75:
         return _replace_word(draft, asked, value)
     if how < 0.95:
         return _neutral(draft, asked, value)
@@ -348,9 +348,9 @@ def _fail_starts_with(draft, asked, value):
 
 def _fail_ends_with(draft, asked, value):
     how = asked.rng.random()
-    if how < 0.6:
+    if how < 0.7:
         _replace_word(draft, asked, value)
-    elif how < 0.75 and "exactly_words" not in asked.needs:
+    elif how < 0.85 and "exactly_words" not in asked.needs:
         draft.parts[-1].append(_tail(asked.rng, integer(asked.rng, 1, 2)))
     else:
         _neutral(draft, asked, value)

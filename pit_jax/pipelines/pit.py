@@ -250,9 +250,10 @@ def likelihood_stage(
 def pretraining_rows(context: Context) -> list[tuple[list[int], ...]]:
     """M_pre's text: dialogues in which an answer is followed by its review, and some reviews by a better answer.
 
-    (x, y_w, c of y_w), or (x, y_l, c, y_w), where nothing is learnt from y_l itself: the two forms of Self-Refine. A
-    review stands directly behind the answer's EOS, where a reward model reads its score. A row of preference data that
-    has no reflection (real data) gives two plain rows.
+    (x, y_w, c of y_w), or (x, y_l, c, y_w): the two forms of Self-Refine. A review stands directly behind the answer's
+    EOS, where a reward model reads its score. A row of preference data that has no reflection (real data) gives two
+    plain rows. Text of the world is good and bad: y_l is learnt too, where `pretrain.learn_rejected` says so, and then
+    M_P's mistakes are like those of y_l.
     """
     e, share = context.encoder, context.config.pretrain.refinement_share
     examples = context.rows["pretrain"] or context.rows["sft"]
@@ -268,6 +269,10 @@ def pretraining_rows(context: Context) -> list[tuple[list[int], ...]]:
             behind = len(read) + len(review)
             if ask[:behind] != read + review:
                 raise ValueError("templates: refinement.txt must go on where reflection.txt, {feedback}<<End>> end")
+            if context.config.pretrain.learn_rejected:
+                if read != e.policy_prompt(row.prompt) + bad:
+                    raise ValueError("templates: reflection.txt must be policy.txt, {response}<<End>>")
+                read, review = e.policy_prompt(row.prompt), bad + review
             rows.append((read, review, ask[behind:], good))
         else:
             all_met = synthetic.reflect(row.requirements, [True] * len(row.requirements))
@@ -656,7 +661,7 @@ def rl_stage(context: Context, stage: str, settings: PPOConfig, start: str, refe
         eval_every=settings.eval_every,
     )
     measured = candidates.all()
-    chosen, winners = choose_by_kl_bin(measured, settings.num_kl_bins)
+    chosen, winners = choose_by_kl_bin(measured, settings.num_kl_bins, settings.max_kl)
     context.workdir.save_model(stage, candidates.load(chosen, policy_like))
     return {
         "steps": settings.num_iterations,

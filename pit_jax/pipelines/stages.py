@@ -118,15 +118,17 @@ class Candidates:
         return checkpoint.restore(self.directory, step, like)
 
 
-def choose_by_kl_bin(measured: dict[int, dict], num_bins: int) -> tuple[int, list[dict]]:
+def choose_by_kl_bin(measured: dict[int, dict], num_bins: int, max_kl: float = 0.0) -> tuple[int, list[dict]]:
     """Appendix F: group checkpoints by their KL to the SFT model, keep the best validation score of each group.
 
-    The paper then picks among the groups' winners by reading 10 to 20 of their answers. Here the winner with the
-    highest validation score is taken, and all winners are returned so that a reader can take another.
+    The paper then picks among the groups' winners by reading 10 to 20 of their answers, which is how it leaves out
+    those that have learnt to please the reward model alone. Here the winner with the highest validation score and a KL
+    of at most `max_kl` is taken, and all winners are returned so that a reader can take another.
 
     Args:
       measured: step -> {"kl", "score", ...} on the selection rows.
       num_bins: groups of equal width between the lowest and the highest KL.
+      max_kl: nats per response; 0 for no limit. Where all are above it, the lowest KL is taken.
 
     Returns:
       (chosen step, one {"step", "kl", "score", "low", "high"} per non-empty bin).
@@ -142,7 +144,9 @@ def choose_by_kl_bin(measured: dict[int, dict], num_bins: int) -> tuple[int, lis
         {"step": step, "low": low + i * width, "high": low + (i + 1) * width, **measured[step]}
         for i, step in sorted(bins.items())
     ]
-    return max(winners, key=lambda w: w["score"])["step"], winners
+    near = [step for step, m in measured.items() if not max_kl or m["kl"] <= max_kl]
+    near = near or [min(measured, key=lambda step: measured[step]["kl"])]
+    return max(near, key=lambda step: (measured[step]["score"], -step)), winners
 
 
 def run_stage(workdir: Workdir, stage: str, function: Callable[[], dict]) -> dict:
