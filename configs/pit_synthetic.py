@@ -26,12 +26,13 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         save_every=90,
     )
     ppo = c.PPOConfig(
-        policy_optimizer=adam(3e-4, warmup_fraction=0.05),
+        policy_optimizer=adam(5e-4, schedule="cosine", warmup_fraction=0.05),
         value_optimizer=adam(1e-3),
-        num_iterations=40,
+        num_iterations=30,
         rollout_size=128,
         num_epochs=1,
-        num_minibatches=4,
+        num_minibatches=2,
+        value_warmup=3,
         kl_coef=0.1,
         eval_every=10,
         save_every=10,
@@ -47,14 +48,15 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         pretrain=c.PretrainConfig(
             sft=sft(optimizer=adam(5e-3, name="muon", schedule="cosine", warmup_fraction=0.05), num_steps=800),
             refinement_share=0.6,
+            learn_rejected=True,
         ),
-        sft_policy=sft(optimizer=adam(5e-4, schedule="cosine", warmup_fraction=0.05), num_epochs=0.5),
-        sft_pit=sft(optimizer=adam(5e-4, schedule="cosine", warmup_fraction=0.05), num_epochs=0.5),
+        sft_policy=sft(optimizer=adam(5e-4, schedule="cosine", warmup_fraction=0.05), num_epochs=0.25),
+        sft_pit=sft(optimizer=adam(5e-4, schedule="cosine", warmup_fraction=0.05), num_epochs=2.0),
         r_p=dataclasses.replace(reward, num_epochs=2.0),
         r_pit=dataclasses.replace(reward, start_from="r_p"),
         evaluator=dataclasses.replace(reward, num_epochs=0.25),
         ppo=ppo,
-        ppo_pit=dataclasses.replace(ppo, num_iterations=50, kl_coef=0.05),
+        ppo_pit=ppo,
         evaluation=c.EvaluationConfig(num_prompts=640, batch_size=128, num_pairs=2),
     )
     if variant == "smoke":
@@ -70,7 +72,7 @@ def smoke(config: c.PitConfig) -> c.PitConfig:
     model = r(config.policy_model, num_layers=2, d_model=32, num_heads=2, num_kv_heads=1, head_dim=16, mlp_dim=64)
     short = lambda s, n: r(s, num_steps=n, batch_size=4, save_every=n)  # noqa: E731
     reward = lambda s: r(s, num_steps=4, batch_size=4, eval_every=4, save_every=4)  # noqa: E731
-    ppo = lambda s: r(s, num_iterations=2, rollout_size=8, num_epochs=1, num_minibatches=2, eval_every=2, save_every=2)  # noqa: E731
+    ppo = lambda s: r(s, num_iterations=2, rollout_size=8, value_warmup=1, eval_every=2, save_every=2)  # noqa: E731
     return r(
         config,
         name="pit_synthetic:smoke",

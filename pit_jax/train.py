@@ -50,11 +50,21 @@ def main(argv: list[str]) -> None:
         print(f"Everything is in {workdir}: results.json, metrics.jsonl, samples/, models/.")
 
 
+def _parse_flags(argv: list[str]) -> list[str]:
+    """A misspelt field of the config ends in one line too, not in a traceback from inside ml_collections."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:
+        field, *hint = str(error).replace("\\n", "\n").replace("\\", "").strip("'\"").split("\n")
+        print(f"error: the config has no field '{field.strip(chr(39))}'. {' '.join(hint)}", file=sys.stderr)
+        sys.exit(2)
+
+
 def run() -> None:
     """Entry point."""
     logging.set_verbosity(logging.WARNING)
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=_parse_flags)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ ASK_WEIGHTS = (
 )
 """How often a prompt asks for a kind; it always asks for the topic."""
 
-FAILURE_WEIGHTS = dict.fromkeys(ASK_WEIGHTS, 0.5) | (
+FAILURE_WEIGHTS = dict.fromkeys(ASK_WEIGHTS, 0.8) | (
     dict(contains=2.5, hashtag=1.5, starts_with=3.5, ends_with=3.5, topic=0.5, avoids=1.8)
     | dict(exactly_words=3.0, at_most_words=2.0, sentences=2.0, bullets=1.0, numbered=1.0, hashtags=1.2)
 )
@@ -69,10 +69,11 @@ _VALUES = dict(exactly_words=(5, 8), at_most_words=(5, 8), sentences=(2, 3), bul
     dict(numbered=(2, 3), hashtags=(2, 3))
 )  # smallest and largest
 
-_MINIMAL_EDITS = 0.9  # share of pairs with one base text
+_MINIMAL_EDITS = 0.85  # share of pairs with one base text
 # Answers to which something is added that nobody asked for, beyond what all drafts have. A failure more often takes a
-# mark or a bank word away than it adds one; without this, counting them would tell y_w from y_l.
-_UNASKED_IN_REJECTED = 0.3
+# mark or a bank word away than it adds one; without more in y_l, counting them would tell y_w from y_l. With none in
+# y_w, what nobody asked for would itself count as a failure: a reward model that learns that errs on a policy's answers.
+_UNASKED_IN_REJECTED, _UNASKED_IN_CHOSEN = 0.4, 0.15
 
 _KINDS, _SUMS = tuple(ASK_WEIGHTS), list(accumulate(ASK_WEIGHTS.values()))
 
@@ -142,9 +143,12 @@ def _draw_row(rng, which: str, weights: dict[str, float]) -> PreferenceExample:
         failing = _draw_failing(rng, tuple(needs), weights)
         if draft is None or not failing:
             continue
-        chosen = answers.render(draft)
-        assert all(verify(requirements, chosen)), (requirements, chosen)
         minimal = rng.random() < _MINIMAL_EDITS
+        better = draft.copy()
+        if rng.random() < _UNASKED_IN_CHOSEN:
+            answers.add_unasked(rng, better, needs, used)
+        chosen = answers.render(better)
+        assert all(verify(requirements, chosen)), (requirements, chosen)
         for _ in range(6):
             worse = draft.copy() if minimal else answers.compose(rng, task, topic, needs, used)
             if worse is None:
