@@ -122,6 +122,41 @@ def test_batch_at_is_pure():
         assert jax.typeof(batch.tokens).sharding.spec == sharding.RULES.spec("batch", None, None)
 
 
+def test_length_buckets_by_hand():
+    """Multiples of 8; 4 of 40 rows are less than an eighth and go up; the longest keep a bucket of their own length."""
+    lengths = np.repeat([3, 9, 15, 20, 30, 41], [4, 5, 15, 10, 4, 2])
+    expected = np.repeat([16, 24, 48], [24, 10, 6])
+    np.testing.assert_array_equal(batches.length_buckets(lengths), expected)
+    np.testing.assert_array_equal(batches.length_buckets(np.asarray([5, 5, 40]), smallest=0.6), [8, 8, 40])
+
+
+@pytest.mark.usefixtures("one_device")
+def test_score_batches_of_like_length():
+    """Nothing is cut off, padding is short, an epoch reads whole batches of different rows, and a step is a step."""
+    rng = np.random.default_rng(0)
+    groups = [[[i + 1] * n, [i + 1] * max(n - 3, 1)] for i, n in enumerate(rng.integers(2, 90, 101))]
+    data = batches.score_rows(groups, 96)
+    batch_at = batches.make_score_batch_at(data, 8, seed=3)
+    seen, padding = [], 0
+    for step in range(2 * 12):  # 101 rows: 12 batches of 8, and 5 rows that this epoch leaves out
+        tokens, lengths = (np.asarray(x) for x in batch_at(step))
+        rows = tokens[:, 0, 0] - 1
+        np.testing.assert_array_equal(lengths, data.lengths[rows])
+        np.testing.assert_array_equal(tokens, data.tokens[rows, :, : tokens.shape[2]])
+        assert lengths.max() <= tokens.shape[2]
+        padding += tokens.shape[2] - lengths.mean()
+        seen.append(rows)
+    epochs = np.reshape(seen, (2, 96))
+    assert all(len(set(epoch)) == 96 for epoch in epochs)
+    assert set(epochs[0]) != set(epochs[1]), "other rows are left out"
+    assert padding / 24 < 15, "96 - 44 without buckets"
+    again = batches.make_score_batch_at(data, 8, seed=3)
+    for step in (13, 2):
+        np.testing.assert_array_equal(np.asarray(again(step).tokens)[:, 0, 0] - 1, seen[step])
+    few = batches.make_score_batch_at(batches.score_rows(groups[:3], 96), 8, seed=3)(0)
+    assert set(np.asarray(few.tokens)[:, 0, 0]) == {1, 2, 3}
+
+
 def test_round_up():
     assert [batches.round_up(n) for n in (0, 1, 8, 9)] == [0, 8, 8, 16]
     assert batches.round_up(129, 128) == 256

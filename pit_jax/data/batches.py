@@ -4,6 +4,7 @@ The data state of a run is its step number: nothing has to be saved to resume, a
 same batch.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -129,6 +130,55 @@ def make_batch_at(arrays, batch_size: int, seed: int) -> Callable[[int], object]
     def batch_at(step: int):
         rows = row_numbers(num_rows, batch_size, step, seed, host=jax.process_index(), num_hosts=jax.process_count())
         return sharding.shard_batch(jax.tree.map(lambda x: x[rows], arrays))
+
+    return batch_at
+
+
+def length_buckets(lengths: np.ndarray, multiple: int = 8, smallest: float = 0.125) -> np.ndarray:
+    """The padded length of each row, [N] int32: few distinct ones, as each is another compiled shape.
+
+    Args:
+      lengths: [N] int32 tokens of each row.
+      multiple: of which padded lengths are.
+      smallest: share of the rows that a bucket must hold; a smaller one goes into the next longer one.
+    """
+    padded = -(-np.asarray(lengths, np.int32) // multiple) * multiple
+    bounds, count = [], 0
+    for bound in np.unique(padded):
+        count += np.sum(padded == bound)
+        if count >= smallest * len(padded):
+            bounds.append(bound)
+            count = 0
+    bounds = [*bounds, padded.max()] if count else bounds
+    return np.asarray(bounds, np.int32)[np.searchsorted(bounds, padded)]
+
+
+def make_score_batch_at(data: ScoreBatch, batch_size: int, seed: int) -> Callable[[int], ScoreBatch]:
+    """`batch_at(step)` whose batches hold groups of like length and are cut to it: a third of a reward model's time.
+
+    An epoch is a fresh permutation: what is left of it over whole batches is not read in this epoch, the rest is sorted
+    into `length_buckets`, cut into batches, and the batches are shuffled. Fewer groups than a batch are repeated.
+    """
+    lengths = data.lengths.max(1)
+    padded, num_rows = length_buckets(lengths), len(lengths)
+    num_batches = max(num_rows // batch_size, 1)
+    num_hosts, host = jax.process_count(), jax.process_index()
+    if batch_size % num_hosts:
+        raise ValueError(f"batch_size={batch_size} must be a multiple of the number of processes, {num_hosts}")
+    local = batch_size // num_hosts
+
+    @functools.lru_cache(maxsize=2)
+    def epoch_rows(epoch: int) -> np.ndarray:
+        rng = np.random.default_rng([seed, epoch])
+        rows = np.resize(rng.permutation(num_rows), num_batches * batch_size)
+        rows = rows[np.argsort(padded[rows], kind="stable")].reshape(num_batches, batch_size)
+        return rows[rng.permutation(num_batches)]
+
+    def batch_at(step: int) -> ScoreBatch:
+        rows = epoch_rows(step // num_batches)[step % num_batches]
+        length = padded[rows].max()
+        rows = rows[host * local : (host + 1) * local]
+        return sharding.shard_batch(ScoreBatch(data.tokens[rows, :, :length], data.lengths[rows]))
 
     return batch_at
 

@@ -427,7 +427,9 @@ def reward_stage(
         train_state.create(params, optimizer),
         stage=stage,
         num_steps=num_steps,
-        batch_at=batches.make_batch_at(batches.score_rows(groups, length), settings.batch_size, seed_of(config, stage)),
+        batch_at=batches.make_score_batch_at(
+            batches.score_rows(groups, length), settings.batch_size, seed_of(config, stage)
+        ),
         train_step=reward_model.make_train_step(
             model, optimizer, loss=settings.loss, accumulation=settings.accumulation
         ),
