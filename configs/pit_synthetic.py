@@ -51,12 +51,14 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             learn_rejected=True,
         ),
         sft_policy=sft(optimizer=adam(5e-4, schedule="cosine", warmup_fraction=0.05), num_epochs=0.25),
-        sft_pit=sft(optimizer=adam(5e-4, schedule="cosine", warmup_fraction=0.05), num_epochs=2.0),
+        sft_pit=sft(optimizer=adam(2e-3, name="muon", schedule="cosine", warmup_fraction=0.05), num_epochs=2.0),
         r_p=dataclasses.replace(reward, num_epochs=2.0),
-        r_pit=dataclasses.replace(reward, start_from="r_p"),
+        r_pit=dataclasses.replace(reward, num_epochs=1.5, start_from="r_p"),
         evaluator=dataclasses.replace(reward, num_epochs=0.25),
         ppo=ppo,
-        ppo_pit=ppo,
+        ppo_pit=dataclasses.replace(
+            ppo, policy_optimizer=adam(3e-4, schedule="cosine", warmup_fraction=0.05), max_kl=2.0
+        ),
         evaluation=c.EvaluationConfig(num_prompts=640, batch_size=128, num_pairs=2),
     )
     if variant == "smoke":

@@ -69,11 +69,11 @@ _VALUES = dict(exactly_words=(5, 8), at_most_words=(5, 8), sentences=(2, 3), bul
     dict(numbered=(2, 3), hashtags=(2, 3))
 )  # smallest and largest
 
-_MINIMAL_EDITS = 0.75  # share of pairs with one base text
+_MINIMAL_EDITS = 0.85  # share of pairs with one base text
 # Answers to which something is added that nobody asked for, beyond what all drafts have. A failure more often takes a
 # mark or a bank word away than it adds one; without more in y_l, counting them would tell y_w from y_l. With none in
 # y_w, what nobody asked for would itself look like a failure, and a reward model would err on a policy's own answers.
-_UNASKED_IN_REJECTED, _UNASKED_IN_CHOSEN = 0.35, 0.2
+_UNASKED_IN_REJECTED, _UNASKED_IN_CHOSEN = 0.4, 0.15
 
 _KINDS, _SUMS = tuple(ASK_WEIGHTS), list(accumulate(ASK_WEIGHTS.values()))
 

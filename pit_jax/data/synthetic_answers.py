@@ -17,7 +17,7 @@ _MARKS = dict(
     html_bold=("<b>", "</b>"), html_italic=("<i>", "</i>"), markdown_bold=("**", "**"), parentheses=("(", ")")
 )
 _FRAMES = dict(html_paragraph=("<p>", "</p>"), quotes=('"', '"'), json=('{"KEY": "', '"}'), markdown_heading=("# ", ""))
-_DISTRACTORS = 0.5  # share of drafts with a bank word that nobody asked for
+_DISTRACTORS = 0.3  # share of drafts with a bank word that nobody asked for
 _UNASKED = 0.06  # share of drafts with a form or a bank word that nobody asked for
 
 
