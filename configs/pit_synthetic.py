@@ -33,7 +33,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         num_epochs=1,
         num_minibatches=2,
         value_warmup=3,
-        kl_coef=0.1,
+        kl_coef=0.2,
         eval_every=10,
         save_every=10,
     )
@@ -53,7 +53,15 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         sft_policy=sft(optimizer=adam(5e-4, schedule="cosine", warmup_fraction=0.05), num_epochs=0.25),
         sft_pit=sft(optimizer=adam(2e-3, name="muon", schedule="cosine", warmup_fraction=0.05), num_epochs=2.0),
         r_p=dataclasses.replace(reward, num_epochs=2.0),
-        r_pit=dataclasses.replace(reward, num_epochs=1.5, start_from="r_p"),
+        r_pit=dataclasses.replace(
+            reward,
+            optimizer=adam(7e-4, name="muon", schedule="cosine", warmup_fraction=0.05),
+            batch_size=16,
+            num_epochs=1.5,
+            start_from="r_p",
+            eval_every=180,
+            save_every=180,
+        ),
         evaluator=dataclasses.replace(reward, num_epochs=0.25),
         ppo=ppo,
         ppo_pit=dataclasses.replace(

@@ -143,7 +143,7 @@ def test_a_killed_run_resumes_bitwise(point, finished, until_rl, cache, tmp_path
 def test_another_config_is_refused(finished, cache):
     result = train(finished[0], "--config.ppo.kl_coef=0.5", cache=cache)
     assert result.returncode == 2
-    assert "config.ppo.kl_coef: 0.1 -> 0.5" in result.stderr and "Traceback" not in result.stderr
+    assert "config.ppo.kl_coef: 0.2 -> 0.5" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_a_misspelt_field_names_the_nearest(tmp_path):
