@@ -21,7 +21,8 @@ def test_round_trip(data_dir):
     assert splits.keys() == set(builders.SPLITS)
     for name, rows in splits.items():
         assert builders.read(data_dir, name) == rows
-    assert '"' in "".join(row.chosen for row in splits["sft"]) and "\n" in "".join(row.chosen for row in splits["sft"])
+    everything = "".join(row.chosen for rows in splits.values() for row in rows)
+    assert '"' in everything and "\n" in everything
 
 
 def test_it_is_stored_as_array_record(data_dir):
