@@ -17,17 +17,19 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         num_layers=4, d_model=128, num_heads=4, num_kv_heads=2, head_dim=32, mlp_dim=384, copy_init=1.0
     )
     sft = lambda **kw: c.SFTConfig(**{"sequence_length": 208, "batch_size": 16, **kw})  # noqa: E731
-    adam = lambda rate, **kw: c.OptimizerConfig(learning_rate=rate, **kw)  # noqa: E731
+    decayed = lambda rate, name="adamw": c.OptimizerConfig(  # noqa: E731
+        name=name, learning_rate=rate, schedule="cosine", warmup_fraction=0.05
+    )
     reward = c.RewardModelConfig(
-        optimizer=adam(1e-3, name="muon", schedule="cosine", warmup_fraction=0.05),
+        optimizer=decayed(1e-3, "muon"),
         batch_size=32,
         num_epochs=1.0,
         eval_every=90,
         save_every=90,
     )
     ppo = c.PPOConfig(
-        policy_optimizer=adam(5e-4, schedule="cosine", warmup_fraction=0.05),
-        value_optimizer=adam(1e-3),
+        policy_optimizer=decayed(5e-4),
+        value_optimizer=c.OptimizerConfig(learning_rate=1e-3),
         num_iterations=30,
         rollout_size=128,
         num_epochs=1,
@@ -46,16 +48,16 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         pit_model=model,
         reward_model=model,
         pretrain=c.PretrainConfig(
-            sft=sft(optimizer=adam(5e-3, name="muon", schedule="cosine", warmup_fraction=0.05), num_steps=800),
+            sft=sft(optimizer=decayed(5e-3, "muon"), num_steps=800),
             refinement_share=0.6,
             learn_rejected=True,
         ),
-        sft_policy=sft(optimizer=adam(5e-4, schedule="cosine", warmup_fraction=0.05), num_epochs=0.25),
-        sft_pit=sft(optimizer=adam(2e-3, name="muon", schedule="cosine", warmup_fraction=0.05), num_epochs=2.0),
+        sft_policy=sft(optimizer=decayed(5e-4), num_epochs=0.25),
+        sft_pit=sft(optimizer=decayed(2e-3, "muon"), num_epochs=2.0),
         r_p=dataclasses.replace(reward, num_epochs=2.0),
         r_pit=dataclasses.replace(
             reward,
-            optimizer=adam(7e-4, name="muon", schedule="cosine", warmup_fraction=0.05),
+            optimizer=decayed(7e-4, "muon"),
             batch_size=16,
             num_epochs=1.5,
             start_from="r_p",
@@ -64,9 +66,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         ),
         evaluator=dataclasses.replace(reward, num_epochs=0.25),
         ppo=ppo,
-        ppo_pit=dataclasses.replace(
-            ppo, policy_optimizer=adam(3e-4, schedule="cosine", warmup_fraction=0.05), max_kl=2.0
-        ),
+        ppo_pit=dataclasses.replace(ppo, policy_optimizer=decayed(3e-4), max_kl=2.0),
         evaluation=c.EvaluationConfig(num_prompts=640, batch_size=128, num_pairs=2),
     )
     if variant == "smoke":

@@ -6,6 +6,7 @@ one stage, `--config.ppo.kl_coef=0.02` changes a number, `--config=configs/pit_s
 
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import jax
@@ -55,6 +56,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError) as error:
+        if Path(traceback.extract_tb(error.__traceback__)[-1].filename).name != "config_dict.py":
+            raise  # a fault in the config file, which is read here as well
         field, *hint = str(error).replace("\\n", "\n").replace("\\", "").strip("'\"").split("\n")
         print(f"error: the config has no field '{field.strip(chr(39))}'. {' '.join(hint)}", file=sys.stderr)
         sys.exit(2)

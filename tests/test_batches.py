@@ -153,6 +153,12 @@ def test_score_batches_of_like_length():
     again = batches.make_score_batch_at(data, 8, seed=3)
     for step in (13, 2):
         np.testing.assert_array_equal(np.asarray(again(step).tokens)[:, 0, 0] - 1, seen[step])
+    padded = batches.length_buckets(data.lengths.max(1))
+    for step in range(24):  # hosts are disjoint, complete, and of one length
+        whole, length = batches.like_length_numbers(padded, 8, step, 3)
+        parts = [batches.like_length_numbers(padded, 8, step, 3, host=h, num_hosts=4) for h in range(4)]
+        np.testing.assert_array_equal(np.concatenate([rows for rows, _ in parts]), whole)
+        assert {other for _, other in parts} == {length}
     few = batches.make_score_batch_at(batches.score_rows(groups[:3], 96), 8, seed=3)(0)
     assert set(np.asarray(few.tokens)[:, 0, 0]) == {1, 2, 3}
 

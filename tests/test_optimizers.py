@@ -60,7 +60,7 @@ def test_muon_leaves_embeddings_and_norms_to_adam(muon):
     """NAdam's first update, m = 0.1 g: lr (0.9 m / (1 - 0.9^2) + 0.1 g / (1 - 0.9)) / |g|."""
     expected = 0.1 * (0.9 * 0.1 / (1 - 0.9**2) + 1)
     for update in (muon["embedding"], muon["norm"]["scale"], muon["layers"]["mlp_norm"]["scale"]):
-        np.testing.assert_allclose(np.abs(update), expected, rtol=1e-4)
+        np.testing.assert_allclose(np.abs(update), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(2, 1), (1, 2), (4, 2)])
@@ -79,7 +79,7 @@ def test_weight_decay_spares_norms(name):
         params = jax.device_get(init_params(MODEL, jax.random.key(0)))["params"]
     np.testing.assert_array_equal(plain["norm"]["scale"], decayed["norm"]["scale"])
     q = lambda tree: tree["layers"]["q"]  # noqa: E731
-    np.testing.assert_allclose(q(decayed) - q(plain), -0.1 * 0.5 * q(params), atol=1e-6)
+    np.testing.assert_allclose(q(decayed) - q(plain), -0.1 * 0.5 * q(params), rtol=0, atol=3e-8)
 
 
 def test_schedules_by_hand():
@@ -88,7 +88,7 @@ def test_schedules_by_hand():
     assert float(cosine(0)) == pytest.approx(0.5) and float(cosine(1)) == pytest.approx(1.0)
     assert float(cosine(6)) == pytest.approx(0.5) and float(cosine(10)) == pytest.approx(0.0, abs=1e-6)
     linear = at(schedule="linear")
-    np.testing.assert_allclose([float(linear(i)) for i in (0, 5, 10)], [1.0, 0.5, 0.0], atol=1e-6)
+    np.testing.assert_allclose([float(linear(i)) for i in (0, 5, 10)], [1.0, 0.5, 0.0], rtol=0, atol=1e-7)
     assert float(at()(7)) == 1.0
 
 
@@ -99,4 +99,4 @@ def test_the_clip_is_of_the_global_norm():
         optimizer = optimizers.make_optimizer(config, 1)
         params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
         updates, _ = optimizer.update({"a": jnp.array([3.0]), "b": jnp.array([4.0])}, optimizer.init(params), params)
-    np.testing.assert_allclose([updates["a"][0] * 1e6, updates["b"][0] * 1e6], [-0.6, -0.8], rtol=1e-5)
+    np.testing.assert_allclose([updates["a"][0] * 1e6, updates["b"][0] * 1e6], [-0.6, -0.8], rtol=2e-6)

@@ -79,7 +79,7 @@ def test_failure_weights_choose_what_fails():
     only_topic = synthetic.generate(0, 0, 40, failure_weights=base | {"topic": 1.0})
     assert {tuple(failed(row)) for row in only_topic} == {("topic",)}
     more = synthetic.generate(0, 0, 600, failure_weights={"upper_case": 20.0})
-    usual = synthetic.generate(0, 0, 600, failure_weights={"upper_case": 0.4})
+    usual = synthetic.generate(0, 0, 600, failure_weights={"upper_case": 0.5})
     count = lambda rows: sum("upper_case" in failed(row) for row in rows)  # noqa: E731
     assert count(more) > 2 * count(usual) > 0
 
@@ -277,7 +277,7 @@ def test_combination_is_blind_to_wording_and_order():
 def test_answers_alone_give_little_away(rows):
     """0.67 and 0.57, where a reader of the prompt reaches 1.0."""
     ours = synthetic.surface_baselines(rows[:4000], rows[4000:])
-    assert 0.5 < ours["bag_of_words"] < 0.70
+    assert 0.5 < ours["bag_of_words"] < 0.68
     assert 0.45 < ours["length"] < 0.60
 
 

@@ -150,6 +150,9 @@ def test_a_misspelt_field_names_the_nearest(tmp_path):
     result = train(tmp_path / "w", "--config.ppo.kl_cof=0.5")
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert """error: the config has no field 'kl_cof'. Did you mean "kl_coef" instead""" in result.stderr
+    result = train(tmp_path / "w", "--config.ppoo.kl_coef=0.5")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert """error: the config has no field 'ppoo'. Did you mean "ppo" instead""" in result.stderr
     assert not (tmp_path / "w").exists()
 
 

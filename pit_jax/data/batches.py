@@ -4,7 +4,6 @@ The data state of a run is its step number: nothing has to be saved to resume, a
 same batch.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -105,6 +104,12 @@ def prompt_rows(prompts: Sequence[Ids], length: int) -> PromptBatch:
     return PromptBatch(tokens, np.asarray([len(ids) for ids in prompts], np.int32))
 
 
+def _local_batch_size(batch_size: int, num_hosts: int) -> int:
+    if batch_size % num_hosts:
+        raise ValueError(f"batch_size={batch_size} must be a multiple of the number of processes, {num_hosts}")
+    return batch_size // num_hosts
+
+
 def row_numbers(
     num_rows: int, batch_size: int, step: int, seed: int, *, host: int = 0, num_hosts: int = 1
 ) -> np.ndarray:
@@ -114,9 +119,7 @@ def row_numbers(
     """
     if num_rows < 1:
         raise ValueError("there are no rows to make a batch of")
-    if batch_size % num_hosts:
-        raise ValueError(f"batch_size={batch_size} must be a multiple of the number of processes, {num_hosts}")
-    local = batch_size // num_hosts
+    local = _local_batch_size(batch_size, num_hosts)
     index = step * batch_size + host * local + np.arange(local)
     epochs, offsets = index // num_rows, index % num_rows
     permutations = {e: np.random.default_rng([seed, int(e)]).permutation(num_rows) for e in np.unique(epochs)}
@@ -153,31 +156,31 @@ def length_buckets(lengths: np.ndarray, multiple: int = 8, smallest: float = 0.1
     return np.asarray(bounds, np.int32)[np.searchsorted(bounds, padded)]
 
 
-def make_score_batch_at(data: ScoreBatch, batch_size: int, seed: int) -> Callable[[int], ScoreBatch]:
-    """`batch_at(step)` whose batches hold groups of like length and are cut to it: a third of a reward model's time.
+def like_length_numbers(
+    padded: np.ndarray, batch_size: int, step: int, seed: int, *, host: int = 0, num_hosts: int = 1
+) -> tuple[np.ndarray, int]:
+    """Which rows this host reads at `step`, and the padded length of the whole batch.
 
     An epoch is a fresh permutation: what is left of it over whole batches is not read in this epoch, the rest is sorted
-    into `length_buckets`, cut into batches, and the batches are shuffled. Fewer groups than a batch are repeated.
+    by padded length [N] and cut into batches, and the batches are shuffled. Fewer rows than a batch are repeated.
     """
-    lengths = data.lengths.max(1)
-    padded, num_rows = length_buckets(lengths), len(lengths)
-    num_batches = max(num_rows // batch_size, 1)
-    num_hosts, host = jax.process_count(), jax.process_index()
-    if batch_size % num_hosts:
-        raise ValueError(f"batch_size={batch_size} must be a multiple of the number of processes, {num_hosts}")
-    local = batch_size // num_hosts
+    local = _local_batch_size(batch_size, num_hosts)
+    num_batches = max(len(padded) // batch_size, 1)
+    rng = np.random.default_rng([seed, step // num_batches])
+    rows = np.resize(rng.permutation(len(padded)), num_batches * batch_size)
+    rows = rows[np.argsort(padded[rows], kind="stable")].reshape(num_batches, batch_size)
+    rows = rows[rng.permutation(num_batches)[step % num_batches]]
+    return rows[host * local : (host + 1) * local], int(padded[rows].max())
 
-    @functools.lru_cache(maxsize=2)
-    def epoch_rows(epoch: int) -> np.ndarray:
-        rng = np.random.default_rng([seed, epoch])
-        rows = np.resize(rng.permutation(num_rows), num_batches * batch_size)
-        rows = rows[np.argsort(padded[rows], kind="stable")].reshape(num_batches, batch_size)
-        return rows[rng.permutation(num_batches)]
+
+def make_score_batch_at(data: ScoreBatch, batch_size: int, seed: int) -> Callable[[int], ScoreBatch]:
+    """`batch_at(step)` whose batches hold groups of like length and are cut to it, so that little is padding."""
+    padded = length_buckets(data.lengths.max(1))
 
     def batch_at(step: int) -> ScoreBatch:
-        rows = epoch_rows(step // num_batches)[step % num_batches]
-        length = padded[rows].max()
-        rows = rows[host * local : (host + 1) * local]
+        rows, length = like_length_numbers(
+            padded, batch_size, step, seed, host=jax.process_index(), num_hosts=jax.process_count()
+        )
         return sharding.shard_batch(ScoreBatch(data.tokens[rows, :, :length], data.lengths[rows]))
 
     return batch_at

@@ -6,10 +6,11 @@ a model, and so that code (`pit_jax.data.verifier`) knows for any answer what it
 recipe on purpose:
 
 - y_l fails as half-trained models fail: above all by a wrong or missing word (contains, hashtag, starts with, ends
-  with, topic), then by counts off by one or two, and only seldom in its form. Had y_l only left requirements out, a
-  reward model would learn to count tags and words and would be of no use once the policy has learnt the form.
-- some pairs share a base text and differ only in what fails, the others have nothing but their requirements in common,
-  so that a reward model has to read the prompt. `surface_baselines` measures what can be had without reading it.
+  with, topic, avoids: 63% of the failures), then in its form (24%) and by counts off by one or two (13%). Had y_l only
+  left requirements out, a reward model would learn to count tags and words and would be of no use once the policy has
+  learnt the form.
+- most pairs share a base text and differ in what fails and in what is added to either; the others have nothing but
+  their requirements in common, so that a reward model has to read the prompt. `surface_baselines` measures what can be had without reading it.
 
 A row depends only on (seed, stream, i), so that any slice can be made anywhere.
 """

@@ -167,9 +167,7 @@ def make_ppo(
        the typed PRNG key of the run: an iteration folds its number in. As an argument, it lets rounds share a program.
     """
     settings = SamplingConfig(max_new_tokens=max_new_tokens, temperature=config.temperature)
-    read = functools.partial(
-        response_log_probs, model, temperature=config.temperature, chunk_size=config.chunk_size
-    )  # fmt: skip
+    read = functools.partial(response_log_probs, model, temperature=config.temperature, chunk_size=config.chunk_size)
 
     def iteration_key(key: Array, state: PPOState, purpose: int) -> Array:
         return jax.random.fold_in(jax.random.fold_in(key, state.step), purpose)

@@ -122,8 +122,8 @@ def choose_by_kl_bin(measured: dict[int, dict], num_bins: int, max_kl: float = 0
     """Appendix F: group checkpoints by their KL to the SFT model, keep the best validation score of each group.
 
     The paper then picks among the groups' winners by reading 10 to 20 of their answers, which is how it leaves out
-    those that have learnt to please the reward model alone. Here the winner with the highest validation score and a KL
-    of at most `max_kl` is taken, and all winners are returned so that a reader can take another.
+    those that have learnt to please the reward model alone. Here the highest validation score under `max_kl` is taken,
+    and all winners, also those above it, are returned so that a reader can take another.
 
     Args:
       measured: step -> {"kl", "score", ...} on the selection rows.
