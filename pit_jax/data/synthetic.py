@@ -10,7 +10,8 @@ recipe on purpose:
   left requirements out, a reward model would learn to count tags and words and would be of no use once the policy has
   learnt the form.
 - most pairs share a base text and differ in what fails and in what is added to either; the others have nothing but
-  their requirements in common, so that a reward model has to read the prompt. `surface_baselines` measures what can be had without reading it.
+  their requirements in common, so that a reward model has to read the prompt. `surface_baselines` measures what can be
+  had without reading it.
 
 A row depends only on (seed, stream, i), so that any slice can be made anywhere.
 """
