@@ -42,7 +42,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config = c.PitConfig(
         name="pit_synthetic",
         data=c.DataConfig(
-            size=39_000, num_test=680, num_pretrain=48_000, prompt_window=34, response_window=24, reflection_window=28
+            size=39_000, num_selection=136, num_test=660, num_pretrain=48_000, prompt_window=38, response_window=24, reflection_window=28
         ),
         policy_model=model,
         pit_model=model,

@@ -20,7 +20,7 @@ def _check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-ARMS = ("second_rl_only",)
+ARMS = ("second_rl_only", "longer_sft")
 """Arms of Table 2 that need training of their own; First RL only is the first round of the curriculum."""
 
 
@@ -219,7 +219,7 @@ class EvaluationConfig:
     batch_size: int = 128
     temperature: float = 1.0
     num_iterations: int = 3  # K of Algorithm 2
-    num_pairs: int = 4  # samples of M_P per test prompt for the accuracy on the policy's own pairs
+    num_pairs: int = 4  # pairs of M_P's own answers per test prompt: what the reward models are asked about
     num_resamples: int = 10_000
     self_refine: bool = True
     show_samples: int = 3
@@ -247,7 +247,7 @@ class PitConfig:
     ppo: PPOConfig = PPOConfig()  # M_P, Equation 3
     ppo_pit: PPOConfig = PPOConfig()  # M_PIT, each round of the curriculum
     curriculum: tuple[str, ...] = ("data", "policy")  # sources of ref_response: data, policy, pit, policy_checkpoint
-    arms: tuple[str, ...] = ()  # extra arms of Table 2: second_rl_only
+    arms: tuple[str, ...] = ()  # extra: second_rl_only (Table 2), longer_sft (M_P by the settings of sft_pit)
     evaluation: EvaluationConfig = EvaluationConfig()
 
     def __post_init__(self):

@@ -24,7 +24,10 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """AdamW with a global-norm clip; norms, biases and scalar heads are not decayed."""
+    """AdamW, or Muon for the matrices of the layers and NAdam for the rest, with a global-norm clip.
+
+    Norms, biases and scalar heads are not decayed.
+    """
 
     def decayed(params):
         names = ("scale", "bias", "head")
@@ -35,6 +38,7 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
     if config.name == "muon":
         muon = optax.contrib.muon(
             schedule,
+            eps=config.epsilon,
             weight_decay=config.weight_decay,
             weight_decay_mask=decayed,
             adam_b1=config.b1,

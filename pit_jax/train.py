@@ -34,7 +34,8 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     try:
         config = config_lib.from_config_dict(config_lib.PitConfig, _CONFIG.value)
-        finished = workdir.joinpath("stages", "evaluate.json").exists()
+        tables = workdir / "tables.txt"
+        written = tables.stat().st_mtime_ns if tables.exists() else 0
         command = " ".join(["python -m pit_jax.train", *(a for a in sys.argv[1:] if not a.startswith("--stage"))])
         pit.run(config, workdir, pit_evaluation.evaluate, _STAGE.value, command)
     except (DataError, NonFiniteError, ValueError) as error:
@@ -45,8 +46,8 @@ def main(argv: list[str]) -> None:
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on from the last checkpoint in {workdir}", file=sys.stderr)
         sys.exit(130)
-    tables = workdir / "tables.txt"
     if tables.exists() and _STAGE.value in (None, "evaluate"):
+        finished = tables.stat().st_mtime_ns == written
         print(("All stages were done before.\n" if finished else "") + "\n" + tables.read_text(encoding="utf-8"))
         print(f"Everything is in {workdir}: results.json, metrics.jsonl, samples/, models/.")
 
@@ -59,7 +60,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
         if Path(traceback.extract_tb(error.__traceback__)[-1].filename).name != "config_dict.py":
             raise  # a fault in the config file, which is read here as well
         field, *hint = str(error).replace("\\n", "\n").replace("\\", "").strip("'\"").split("\n")
-        print(f"error: the config has no field '{field.strip(chr(39))}'. {' '.join(hint)}", file=sys.stderr)
+        message = f"error: the config has no field '{field.strip(chr(39))}'. {' '.join(hint)}"
+        print(message.strip(), file=sys.stderr)
         sys.exit(2)
 
 

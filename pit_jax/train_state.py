@@ -29,10 +29,19 @@ def create(params: Params, optimizer: optax.GradientTransformation) -> TrainStat
     return TrainState(jnp.int32(0), params, jax.jit(optimizer.init)(params))
 
 
-def apply_gradients(state: TrainState, grads: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """One optimizer step."""
+def apply_gradients(
+    state: TrainState, grads: Params, metrics: Metrics, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, Metrics]:
+    """One optimizer step.
+
+    Returns:
+      (the new state, metrics with the norm of the new parameters, "param_norm", added). Loss and gradients are those of
+      the parameters before the update; the norm is how an update that is not finite is seen before it is saved.
+    """
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+    params = optax.apply_updates(state.params, updates)
+    norm = optax.tree.norm(params)
+    return TrainState(state.step + 1, params, opt_state), metrics | {"param_norm": (norm, jnp.float32(1.0))}
 
 
 def gradients(

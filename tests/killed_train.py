@@ -1,7 +1,8 @@
 """Runs `pit_jax.train` and kills it with SIGKILL at a named point: python tests/killed_train.py POINT FLAGS...
 
 Points: rollout (while the second rollout of a stage is sampled), update (while the second update runs), rounds
-(between two rounds of the curriculum), save (a checkpoint is written but has not got its name yet).
+(between two rounds of the curriculum), save (a checkpoint is written but has not got its name yet), choice (the
+evaluator's parameters were chosen, but the stage is not marked as done).
 """
 
 import os
@@ -52,12 +53,14 @@ def main() -> None:
             return (die_within(3, collect), update) if point == "rollout" else (collect, die_within(2, update))
 
         ppo.make_ppo = patched
-    elif point == "rounds":
+    elif point in ("rounds", "choice"):
         finish = stages.Workdir.finish
 
         def finish_and_die(self, stage, record):
+            if (point, stage) == ("choice", "evaluator"):
+                die()
             finish(self, stage, record)
-            if stage == "rl_pit_1":
+            if (point, stage) == ("rounds", "rl_pit_1"):
                 die()
 
         stages.Workdir.finish = finish_and_die

@@ -137,6 +137,19 @@ def test_pair_accuracy_leaves_true_ties_out_and_counts_predicted_ones_as_errors(
     assert flipped == result
 
 
+def test_more_pairs_of_the_same_prompts_do_not_narrow_the_interval():
+    rng = np.random.default_rng(0)
+    predicted, true = rng.normal(size=100), np.where(rng.random(100) < 0.1, 0.0, 1.0)
+    prompts = np.arange(100)
+    one = agreement.pair_accuracy_excluding_ties(predicted, true, groups=prompts)
+    twice = agreement.pair_accuracy_excluding_ties(np.tile(predicted, 2), np.tile(true, 2), groups=np.tile(prompts, 2))
+    assert twice["n"] == 2 * one["n"]
+    assert (twice["accuracy"], twice["low"], twice["high"]) == (one["accuracy"], one["low"], one["high"])
+    # Where each prompt has one pair, it is near the Wilson interval, which the doubled pairs would make narrower.
+    wilson = agreement.pair_accuracy_excluding_ties(predicted, true)
+    assert (one["low"], one["high"]) == pytest.approx((wilson["low"], wilson["high"]), abs=0.02)
+
+
 def test_pair_accuracy_of_no_pairs_is_none_and_json():
     result = agreement.pair_accuracy_excluding_ties([], [])
     assert result == {"accuracy": None, "low": None, "high": None, "n": 0}

@@ -8,11 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from pit_jax import sharding, train_state
+from pit_jax import checkpoint, sharding, train_state
 from pit_jax.config import ModelConfig, PPOConfig
 from pit_jax.data import batches
-from pit_jax.learners import ppo, reward_model, sft
+from pit_jax.learners import loop, ppo, reward_model, sft
 from pit_jax.losses import policy_gradient
+from pit_jax.metrics import MetricsWriter
 from pit_jax.models.transformer import ScalarModel, Transformer
 from pit_jax.pipelines.pit import init_params
 from pit_jax.types import PromptBatch, Rollout
@@ -91,6 +92,24 @@ def test_a_step_learns_and_keeps_its_types(name):
     assert types(state) == before and int(state.step) == 80
     assert step._cache_size() == 1
     assert losses[-1] < 0.25 * losses[0], losses[::10]
+
+
+def test_an_update_that_is_not_finite_is_seen_before_it_is_saved(tmp_path):
+    """Loss and gradients of the step are finite; only the new parameters are not."""
+    module, make, batch = LEARNERS["r_p"]
+    optimizer = optax.scale_by_schedule(lambda count: jnp.where(count == 2, jnp.nan, -1e-3))
+    with pytest.raises(loop.NonFiniteError, match="param_norm not finite at step 3; the checkpoint of step 2"):
+        loop.run(
+            train_state.create(initial(module), optimizer),
+            stage="r_p",
+            num_steps=3,
+            batch_at=lambda step: sharding.shard_batch(batch),
+            train_step=make(optimizer, 1),
+            directory=tmp_path / "checkpoints",
+            writer=MetricsWriter(tmp_path),
+            save_every=1,
+        )
+    assert checkpoint.latest_step(tmp_path / "checkpoints") == 2
 
 
 @pytest.mark.parametrize("name", LEARNERS)

@@ -334,6 +334,16 @@ def test_folds_depend_on_the_seed_and_not_on_the_order():
     assert [prompts(p) for p in sources.folds(rows, 1)] != [prompts(p) for p in first]
 
 
+def test_a_dialogue_and_its_later_turns_stay_together():
+    turns = "Tea {i}?\n\n", "Tea {i}?\n\nAssistant: Yes.\n\nHuman: And milk?\n\n"
+    rows = [PreferenceExample(turn.format(i=i), "good", "bad") for i in range(60) for turn in turns]
+    training, selection, test = sources.split_off(rows, 10, 20, 0)
+    parts = [*sources.folds(training, 0), selection, test]
+    seen = [{row.prompt.split("?")[0] for row in part} for part in parts]
+    assert [len(part) for part in parts] == [30, 30, 30, 10, 20]
+    assert sum(map(len, seen)) == len(set.union(*seen)) == 60
+
+
 def test_too_few_prompts_for_folds():
     assert "2 different prompts" in error_of(sources.folds, examples(5, 5), 0)
 

@@ -140,6 +140,37 @@ def test_a_killed_run_resumes_bitwise(point, finished, until_rl, cache, tmp_path
     assert ours[2] == theirs[2]
 
 
+def test_a_reward_stage_killed_before_its_mark_chooses_again(until_rl, cache, tmp_path):
+    workdir = tmp_path / "smoke"
+    shutil.copytree(until_rl, workdir)
+    chosen = (workdir / "models/evaluator/0/manifest.json").read_text()
+    (workdir / "stages/evaluator.json").unlink()
+    for folder in ("checkpoints", "models"):
+        shutil.rmtree(workdir / folder / "evaluator")
+    killed = train(workdir, "--stage=evaluator", cache=cache, program=("tests/killed_train.py", "choice"))
+    assert killed.returncode == -9, killed.stderr[-2000:]
+    assert not (workdir / "stages/evaluator.json").exists()
+    resumed = train(workdir, "--stage=evaluator", cache=cache)
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    assert (workdir / "models/evaluator/0/manifest.json").read_text() == chosen
+    assert not (workdir / "candidates/evaluator").exists(), "the other candidates are not kept"
+
+
+def test_an_added_arm_is_trained_and_gets_its_rows(finished, cache, tmp_path):
+    workdir = tmp_path / "smoke"
+    shutil.copytree(finished[0], workdir)
+    result = train(workdir, "--config.arms=longer_sft", cache=cache)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "All stages were done before" not in result.stdout
+    results = json.loads((workdir / "results.json").read_text())
+    before = json.loads((finished[0] / "results.json").read_text())
+    assert results["stages"]["arm_longer_sft"]["steps"] == results["stages"]["sft_pit"]["steps"]
+    assert "longer_sft_vs_original" in before["missing"] and "longer_sft_vs_original" not in results["missing"]
+    assert results["comparisons"]["longer_sft_vs_original"]["verifier"]["n"] > 0
+    for name, judges in before["comparisons"].items():
+        assert results["comparisons"][name] == judges, "what was there stays as it was"
+
+
 def test_another_config_is_refused(finished, cache):
     result = train(finished[0], "--config.ppo.kl_coef=0.5", cache=cache)
     assert result.returncode == 2

@@ -281,23 +281,26 @@ def read(path: str | Path, format: str = "auto") -> tuple[Rows, Counts]:
 
 
 def _prompt_groups(rows: Sequence[PreferenceExample], seed: int, purpose: str) -> list[list[int]]:
-    """Row numbers by prompt, in the order of a hash of the prompt: the order of rows and processes play no part."""
+    """Row numbers by first turn of the prompt, in the order of its hash: order of rows and processes play no part.
+
+    A dialogue and the same dialogue one turn later are two prompts, of which one is most of the other.
+    """
     groups = collections.defaultdict(list)
     for i, row in enumerate(rows):
-        groups[row.prompt].append(i)
+        groups[_ASSISTANT.split(row.prompt, maxsplit=1)[0].strip()].append(i)
 
-    def key(prompt: str) -> bytes:
-        return hashlib.sha256(f"{purpose} {seed} {prompt}".encode("utf-8", "surrogatepass")).digest()
+    def key(turn: str) -> bytes:
+        return hashlib.sha256(f"{purpose} {seed} {turn}".encode("utf-8", "surrogatepass")).digest()
 
-    return [groups[prompt] for prompt in sorted(groups, key=key)]
+    return [groups[turn] for turn in sorted(groups, key=key)]
 
 
 def folds(rows: Sequence[PreferenceExample], seed: int) -> tuple[Rows, Rows, Rows]:
-    """Three equal parts, for SFT, reward models and RL (PIT section 4.1), that share no prompt.
+    """Three equal parts, for SFT, reward models and RL (PIT section 4.1), that share no prompt and no first turn.
 
-    Prompts are dealt in the order of a hash, the most frequent first, each to the smallest part, so sizes differ by at
-    most one row where prompts do not repeat, and by at most the rows of one prompt otherwise. Within a part rows keep
-    their order.
+    First turns are dealt in the order of a hash, the most frequent first, each to the smallest part, so sizes differ by
+    at most one row where first turns do not repeat, and by at most the rows of one first turn otherwise. Within a part
+    rows keep their order.
     """
     groups = sorted(_prompt_groups(rows, seed, "folds"), key=len, reverse=True)  # stable: hash order within a size
     parts: list[list[int]] = [[], [], []]
@@ -312,7 +315,7 @@ def folds(rows: Sequence[PreferenceExample], seed: int) -> tuple[Rows, Rows, Row
 def split_off(
     rows: Sequence[PreferenceExample], num_selection: int, num_test: int, seed: int
 ) -> tuple[Rows, Rows, Rows]:
-    """Takes rows to select checkpoints with and rows to test with from the training rows; no two parts share a prompt.
+    """Takes rows to select checkpoints with and rows to test with; no two parts share a prompt or a first turn.
 
     Args:
       rows: all rows.

@@ -39,13 +39,25 @@ def accuracy(first_scores: Array, second_scores: Array, *, level: float = 0.95) 
     return _share(np.count_nonzero(first > second), first.size, level)
 
 
-def pair_accuracy_excluding_ties(predicted_margin: Array, true_margin: Array, *, level: float = 0.95) -> dict:
+def pair_accuracy_excluding_ties(
+    predicted_margin: Array,
+    true_margin: Array,
+    *,
+    groups: Array | None = None,
+    level: float = 0.95,
+    seed: int = 0,
+    num_resamples: int = 10_000,
+) -> dict:
     """Share of pairs that the margin orders as the truth does, among those where the truth is not a tie.
 
     Args:
       predicted_margin: [n], score of the first response minus that of the second; 0 is an error.
       true_margin: [n], the same from the labels; pairs with 0 are left out.
-      level: coverage of the Wilson interval.
+      groups: [n], the prompt of each pair: several pairs of one prompt say less than pairs of several prompts, so the
+        interval is then a percentile bootstrap over prompts. None: a Wilson interval, each pair by itself.
+      level: coverage of the interval.
+      seed: of the resamples.
+      num_resamples: their number.
 
     Returns:
       {"accuracy", "low", "high", "n"}; n is the number of pairs that count. Where it is 0 the other values are None.
@@ -57,7 +69,17 @@ def pair_accuracy_excluding_ties(predicted_margin: Array, true_margin: Array, *,
     counts = true != 0
     if not counts.any():
         return {"accuracy": None, "low": None, "high": None, "n": 0}
-    return _share(np.count_nonzero(counts & (np.sign(predicted) == np.sign(true))), np.count_nonzero(counts), level)
+    hits = (np.sign(predicted) == np.sign(true))[counts]
+    share = _share(np.count_nonzero(hits), hits.size, level)
+    if groups is None:
+        return share
+    _, numbers = np.unique(np.asarray(groups)[counts], return_inverse=True)
+    sizes, right = np.bincount(numbers), np.bincount(numbers, weights=hits)
+    rng = np.random.default_rng(seed)
+    draws = [rng.integers(sizes.size, size=sizes.size) for _ in range(num_resamples)]
+    accuracies = [right[draw].sum() / sizes[draw].sum() for draw in draws]
+    low, high = np.quantile(accuracies, [(1 - level) / 2, (1 + level) / 2])
+    return share | {"low": float(low), "high": float(high)}
 
 
 def gap_diagnostics(wl: Array, ww: Array, ll: Array, lw: Array) -> dict:

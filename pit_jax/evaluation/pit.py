@@ -2,6 +2,7 @@
 
 import functools
 import json
+import time
 
 import numpy as np
 
@@ -18,8 +19,8 @@ TIE_BAND = (0.45, 0.55)
 Answers = dict[str, list[list[int]]]
 """Name -> one response per row, as ids without EOS."""
 
-ARM_STAGES = {"second_rl_only": "arm_second_rl_only"}
-"""Arms of Table 2 that are trained only when asked for."""
+ARM_STAGES = {"second_rl_only": "arm_second_rl_only", "longer_sft": "arm_longer_sft"}
+"""Arms that are trained only when asked for: Second RL only (Table 2), and M_P by the settings of M_PIT's SFT."""
 
 
 def evaluate(context: pit.Context) -> dict:
@@ -28,9 +29,9 @@ def evaluate(context: pit.Context) -> dict:
     Returns:
       The stage's record; the numbers are in results.json.
     """
-    config = context.config
+    config, started = context.config, time.perf_counter()
     rows = context.rows["test"][: config.evaluation.num_prompts]
-    answers, parsed = _answers(context, rows)
+    answers, references, parsed = _answers(context, rows)
     judges = {"evaluator": _evaluator_scores(context, rows, answers)}
     if rows[0].requirements:
         judges = {"verifier": _verifier_scores(context, rows, answers)} | judges
@@ -46,10 +47,10 @@ def evaluate(context: pit.Context) -> dict:
         "name": config.name,
         "seed": config.seed,
         "comparisons": comparisons,
-        "answers": _answer_statistics(context, rows, answers, judges),
+        "answers": _answer_statistics(context, answers, references, judges),
         "reward_models": _reward_models(context, rows),
         "self_refine": parsed,
-        "stages": _stage_records(context),
+        "stages": _stage_records(context) | {"evaluate": {"steps": 0, "seconds": time.perf_counter() - started}},
         "missing": {
             f"{arm}_vs_{other}": f"{context.command} --config.arms={arm}"
             for arm, stage in ARM_STAGES.items()
@@ -66,9 +67,10 @@ def evaluate(context: pit.Context) -> dict:
     return {"steps": 0, "arms": list(config.arms)}
 
 
-def _answers(context: pit.Context, rows: list[PreferenceExample]) -> tuple[Answers, dict[str, float]]:
-    """All answers to the test prompts, and what Self-Refine reports."""
+def _answers(context: pit.Context, rows: list[PreferenceExample]) -> tuple[Answers, Answers, dict[str, float]]:
+    """All answers to the test prompts, the ref_response of those that improve one, and what Self-Refine reports."""
     parsed: dict[str, float] = {}
+    references: Answers = {}
     config, e = context.config, context.encoder
     settings = SamplingConfig(config.data.response_window, config.evaluation.temperature)
     longer = SamplingConfig(pit.improvement_window(context), config.evaluation.temperature)
@@ -87,6 +89,7 @@ def _answers(context: pit.Context, rows: list[PreferenceExample]) -> tuple[Answe
         improved = pit.sample(
             *load(stage), prompts, key(name), window=e.pit_window, settings=longer, eos_id=eos, batch_size=size
         )
+        references[name] = refs
         return [_without_thoughts(context, y) for y in improved]
 
     final = f"rl_pit_{len(config.curriculum)}" if config.curriculum else "sft_pit"
@@ -100,26 +103,31 @@ def _answers(context: pit.Context, rows: list[PreferenceExample]) -> tuple[Answe
     for k in range(1, config.evaluation.num_iterations + 1):
         current = improve(f"pit_{k}", current, final)
         answers["pit" if k == 1 else f"pit_iteration_{k}"] = current
-    # Each prompt gets the answer to another prompt: what remains of the gain did not need ref_response.
+    # Each prompt gets the answer to another prompt: M_PIT without help of its ref_response, and misled by it.
     shuffled = answers["original"][1:] + answers["original"][:1]
     answers["pit_shuffled"] = improve("pit_shuffled", shuffled, final)
     answers["pit_sft"] = improve("pit_sft", answers["original"], "sft_pit")
     if config.evaluation.self_refine and rows[0].reflection:
         answers["self_refine"], parsed = self_refine.refine(context, rows, answers["original"])
+        references["self_refine"] = answers["original"]
     if len(config.curriculum) > 1 and config.curriculum[0] == "data":
         answers["first_rl_only"] = improve("first_rl_only", answers["original"], "rl_pit_1")
     for arm, stage in ARM_STAGES.items():
         if context.workdir.done(stage) is not None:
-            answers[arm] = improve(arm, answers["original"], stage)
-    return answers, parsed
+            is_policy = arm == "longer_sft"
+            answers[arm] = policy(arm, stage) if is_policy else improve(arm, answers["original"], stage)
+    return answers, references, parsed
 
 
 def _without_thoughts(context: pit.Context, ids: list[int]) -> list[int]:
-    """The response behind a chain of thought, c and a line break (appendix K); all of it where there is none."""
+    """The response behind a chain of thought, c and a line break (appendix K); all of it where there is none.
+
+    Ends, as any sample does, at the response window: thoughts and response share one longer window.
+    """
     if not context.config.sft_pit.chain_of_thought:
         return ids
     _, found, response = context.encoder.text(ids).partition("\n")
-    return context.encoder.response(response)[:-1] if found else ids
+    return (context.encoder.response(response)[:-1] if found else ids)[: context.config.data.response_window]
 
 
 def _pairs(answers) -> dict[str, tuple[str, str]]:
@@ -137,6 +145,8 @@ def _pairs(answers) -> dict[str, tuple[str, str]]:
         ("first_rl_only_vs_pit", "first_rl_only", "pit"),
         ("second_rl_only_vs_original", "second_rl_only", "original"),
         ("second_rl_only_vs_pit", "second_rl_only", "pit"),
+        ("longer_sft_vs_original", "longer_sft", "original"),
+        ("longer_sft_vs_pit", "longer_sft", "pit"),
     ]
     iterations = [name for name in answers if name.startswith("pit_iteration_")]
     wanted += [(f"{name}_vs_original", name, "original") for name in iterations]
@@ -162,19 +172,28 @@ def _evaluator_scores(context, rows, answers) -> dict[str, np.ndarray]:
     return {name: scores[:, j] for j, name in enumerate(names)}
 
 
-def _answer_statistics(context, rows, answers, judges) -> dict[str, dict]:
-    """Length, copy rate and the verifier's score of each kind of answer."""
+def _answer_statistics(context, answers: Answers, references: Answers, judges) -> dict[str, dict]:
+    """What each kind of answer looks like.
+
+    Returns:
+      name -> tokens: mean length; copy_rate: share of answers equal to their own ref_response (None where there is
+      none); ended: share with EOS; by the verifier share_met, and all_met: share of answers that meet everything;
+      fixed and kept: the latter among the prompts whose Original fails something, and among the others.
+    """
+    mean = lambda values: float(np.mean(values)) if len(values) else None  # noqa: E731
     statistics = {}
     for name, ys in answers.items():
-        copies = [y == original for y, original in zip(ys, answers["original"], strict=True)]
+        copies = [y == ref for y, ref in zip(ys, references.get(name, []), strict=False)]
         statistics[name] = {
-            "tokens": float(np.mean([len(y) for y in ys])),
-            "copy_rate": float(np.mean(copies)) if name != "original" else None,
-            "ended": float(np.mean([len(y) < context.config.data.response_window for y in ys])),
+            "tokens": mean([len(y) for y in ys]),
+            "copy_rate": mean(copies),
+            "ended": mean([len(y) < context.config.data.response_window for y in ys]),
         }
         if "verifier" in judges:
-            scores = judges["verifier"][name]
-            statistics[name] |= {"share_met": float(np.mean(scores)), "all_met": float(np.mean(scores == 1.0))}
+            scores, was_met = judges["verifier"][name], judges["verifier"]["original"] == 1.0
+            met = scores == 1.0
+            statistics[name] |= {"share_met": mean(scores), "all_met": mean(met)}
+            statistics[name] |= {"fixed": mean(met[~was_met]), "kept": mean(met[was_met])}
     return statistics
 
 
@@ -184,9 +203,10 @@ def _reward_models(context, rows) -> dict[str, dict]:
     ids = lambda y: e.response(y)[:-1]  # noqa: E731
     report: dict[str, dict] = {}
 
+    labelled = context.rows["test"]  # all of them: reading is cheaper than sampling
     triples = [
         (r.prompt, ids(y1), ids(y2))
-        for r in rows
+        for r in labelled
         for y1, y2 in ((r.chosen, r.rejected), (r.chosen, r.chosen), (r.rejected, r.rejected), (r.rejected, r.chosen))
     ]
     gaps = pit.gap_scores(context, triples, pairings=4)
@@ -194,20 +214,20 @@ def _reward_models(context, rows) -> dict[str, dict]:
     # Shortcut probe: the same y_1 against the ref_response of another prompt.
     moved = [
         (r.prompt, ids(y1), ids(y2))
-        for r, other in zip(rows, rows[1:] + rows[:1], strict=True)
+        for r, other in zip(labelled, labelled[1:] + labelled[:1], strict=True)
         for y1, y2 in ((r.chosen, other.rejected), (r.rejected, other.chosen))
     ]
     shuffled = pit.gap_scores(context, moved, pairings=2)
     probe = agreement.shortcut_probe(gaps[:, 0], gaps[:, 3], shuffled[:, 0], shuffled[:, 1])
     report["r_pit"]["shortcut_probe"] = probe
     for name in ("r_p", "evaluator"):
-        scores = pit.score_groups(*_model(context, name), pit.policy_groups(e, rows))
+        scores = pit.score_groups(*_model(context, name), pit.policy_groups(e, labelled))
         report[name] = agreement.accuracy(scores[:, 0], scores[:, 1])
 
     if rows[0].requirements:
         # On pairs of a policy's own answers, ranked by the verifier: what RL asks of a reward model.
         for prefix, stage in (("policy", "rl_policy"), ("sft_policy", "sft_policy")):
-            pairs, margin = _own_pairs(context, rows, stage)
+            pairs, margin, prompts = _own_pairs(context, rows, stage)
             swapped = [(x, b, a) for x, a, b in pairs]
             both = [triple for pair in zip(pairs, swapped, strict=True) for triple in pair]
             gap = pit.gap_scores(context, both, pairings=2)
@@ -217,7 +237,7 @@ def _reward_models(context, rows) -> dict[str, dict]:
                 scores = pit.score_groups(*_model(context, name), groups)
                 own[name] = scores[:, 0] - scores[:, 1] if groups else margin
             for name, predicted in own.items():
-                values = agreement.pair_accuracy_excluding_ties(predicted, margin)
+                values = agreement.pair_accuracy_excluding_ties(predicted, margin, groups=prompts)
                 report[name] |= {f"{prefix}_{k}": v for k, v in values.items()}
     return report
 
@@ -227,7 +247,7 @@ def _model(context, stage):
 
 
 def _own_pairs(context, rows, stage):
-    """Pairs (x, a, b) of a policy's own samples that the verifier tells apart, and its margin (a minus b)."""
+    """Pairs (x, a, b) of a policy's own samples that the verifier tells apart, its margin (a minus b), and x's row."""
     config, e = context.config, context.encoder
     n = config.evaluation.num_pairs
     settings = SamplingConfig(config.data.response_window, config.evaluation.temperature)
@@ -241,7 +261,7 @@ def _own_pairs(context, rows, stage):
     share = lambda row, y: verifier.share_met(row.requirements, e.text(y))  # noqa: E731
     margin = np.asarray([share(r, a) - share(r, b) for r, a, b in zip(repeated, first, second, strict=True)])
     keep = np.flatnonzero(margin)
-    return [(repeated[i].prompt, first[i], second[i]) for i in keep], margin[keep]
+    return [(repeated[i].prompt, first[i], second[i]) for i in keep], margin[keep], keep // n
 
 
 def _stage_records(context) -> dict[str, dict]:

@@ -239,11 +239,11 @@ def make_ppo(
             batch = sharding.take_rows(experience, rows, model.rules)
             with jax.named_scope("policy_update"):
                 grads, metrics = gradients(policy_loss, policy.params, batch)
-                new_policy = apply_gradients(policy, grads, policy_optimizer)
+                new_policy, metrics = apply_gradients(policy, grads, metrics, policy_optimizer)
                 policy = jax.tree.map(lambda new, old: jnp.where(learn_policy, new, old), new_policy, policy)
             with jax.named_scope("value_update"):
                 grads, more = gradients(value_loss, value.params, batch)
-                value = apply_gradients(value, grads, value_optimizer)
+                value, more = apply_gradients(value, grads, more, value_optimizer)
             metrics = {f"policy/{k}": v for k, v in metrics.items()} | {f"value/{k}": v for k, v in more.items()}
             return (policy, value), metrics
 

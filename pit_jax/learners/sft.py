@@ -99,6 +99,6 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: SFTBatch):
         grads, metrics = gradients(loss, state.params, batch, accumulation)
-        return apply_gradients(state, grads, optimizer), metrics
+        return apply_gradients(state, grads, metrics, optimizer)
 
     return jax.jit(train_step, donate_argnums=0)

@@ -45,6 +45,8 @@ from pit_jax.models.transformer import ScalarModel, Transformer
 from pit_jax.pipelines.stages import Candidates, Workdir, choose_by_kl_bin, run_stage
 from pit_jax.types import Params, PreferenceExample, Rollout
 
+REWARD_STAGES = ("r_p", "r_pit", "evaluator")
+
 SPLITS = ("sft", "rm", "rl", "selection", "test", "pretrain")
 
 
@@ -301,12 +303,12 @@ def load_pretrained(context: Context, sizes: ModelConfig) -> Params:
     return context.workdir.load_model(stage, like)
 
 
-def sft_policy_stage(context: Context) -> dict:
+def sft_policy_stage(context: Context, stage: str, settings: SFTConfig) -> dict:
     """M_P^SFT: -sum log M_P(y_w | x)."""
     e, config = context.encoder, context.config
     rows = [(e.policy_prompt(r.prompt), e.response(r.chosen)) for r in context.rows["sft"]]
     start = lambda: load_pretrained(context, config.policy_model)  # noqa: E731
-    return likelihood_stage(context, "sft_policy", config.policy_model, config.sft_policy, rows, start)
+    return likelihood_stage(context, stage, config.policy_model, settings, rows, start)
 
 
 def sft_pit_stage(context: Context) -> dict:
@@ -442,7 +444,6 @@ def reward_stage(
     measured = candidates.all()
     best = max(measured, key=lambda step: (measured[step]["accuracy"], step))
     context.workdir.save_model(stage, candidates.load(best, params))
-    candidates.clear()
     accuracy = measured[best]["accuracy"]
     return {"steps": num_steps, "rows": len(rows), "chosen_step": best, "selection_accuracy": accuracy}
 
@@ -453,9 +454,9 @@ def reward_stage(
 def model_of(context: Context, stage: str) -> Transformer | ScalarModel:
     """The module whose parameters a stage leaves behind."""
     config, e = context.config, context.encoder
-    if stage in ("r_p", "r_pit", "evaluator"):
+    if stage in REWARD_STAGES:
         return ScalarModel(sized(config.reward_model, e))
-    is_pit = stage == "sft_pit" or stage.startswith(("rl_pit", "arm_"))
+    is_pit = stage in ("sft_pit", "arm_second_rl_only") or stage.startswith("rl_pit")
     return Transformer(sized(config.pit_model if is_pit else config.policy_model, e))
 
 
@@ -704,7 +705,7 @@ def stage_functions(context: Context) -> dict[str, Callable[[], dict]]:
     functions: dict[str, Callable[[], dict]] = {"data": lambda: data_stage(context)}
     for stage, sizes in pretrained_models(config):
         functions[stage] = functools.partial(pretrain_stage, context, stage, sizes)
-    functions["sft_policy"] = lambda: sft_policy_stage(context)
+    functions["sft_policy"] = lambda: sft_policy_stage(context, "sft_policy", config.sft_policy)
     functions["sft_pit"] = lambda: sft_pit_stage(context)
     fold = lambda name: context.rows[name]  # noqa: E731
     functions["r_p"] = lambda: reward_stage(context, "r_p", config.r_p, policy_groups, fold("rm"))
@@ -721,6 +722,7 @@ def stage_functions(context: Context) -> dict[str, Callable[[], dict]]:
         functions[f"rl_pit_{i}"] = functools.partial(pit_round, f"rl_pit_{i}", source, previous)
         previous = f"rl_pit_{i}"
     functions["arm_second_rl_only"] = lambda: pit_round("arm_second_rl_only", "policy", "sft_pit")
+    functions["arm_longer_sft"] = lambda: sft_policy_stage(context, "arm_longer_sft", config.sft_pit)
     return functions
 
 
@@ -761,5 +763,8 @@ def run(
             if name != "data" and context.encoder is None:
                 load_data(context)
             run_stage(workdir, name, functions[name])
+            if name in REWARD_STAGES:
+                # Only now: a stage that was killed before its mark chooses again.
+                Candidates(workdir.candidates(name)).clear()
         context.writer.close()
     return context

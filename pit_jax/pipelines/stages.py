@@ -110,8 +110,8 @@ class Candidates:
         write_json_atomic(self._path, {str(s): m for s, m in (earlier | {step: measured}).items()})
 
     def clear(self) -> None:
-        """Deletes the parameters, once one was chosen."""
-        shutil.rmtree(self.directory)
+        """Deletes the parameters, once one was chosen; nothing where there are none."""
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     def load(self, step: int, like: Params) -> Params:
         """The parameters of a candidate."""
