@@ -42,7 +42,13 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config = c.PitConfig(
         name="pit_synthetic",
         data=c.DataConfig(
-            size=39_000, num_selection=136, num_test=660, num_pretrain=48_000, prompt_window=38, response_window=24, reflection_window=28
+            size=78_000,  # no row of the reward models' fold is read twice
+            num_selection=136,
+            num_test=660,
+            num_pretrain=48_000,
+            prompt_window=38,
+            response_window=24,
+            reflection_window=28,
         ),
         policy_model=model,
         pit_model=model,
@@ -52,21 +58,21 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             refinement_share=0.6,
             learn_rejected=True,
         ),
-        sft_policy=sft(optimizer=decayed(5e-4), num_epochs=0.25),
-        sft_pit=sft(optimizer=decayed(2e-3, "muon"), num_epochs=2.0),
-        r_p=dataclasses.replace(reward, num_epochs=2.0),
+        sft_policy=sft(optimizer=decayed(5e-4), num_epochs=0.125),
+        sft_pit=sft(optimizer=decayed(2e-3, "muon"), num_epochs=1.0),
+        r_p=reward,
         r_pit=dataclasses.replace(
             reward,
             optimizer=decayed(7e-4, "muon"),
             batch_size=16,
-            num_epochs=1.5,
+            num_epochs=0.75,
             start_from="r_p",
             eval_every=180,
             save_every=180,
         ),
-        evaluator=dataclasses.replace(reward, num_epochs=0.25),
+        evaluator=dataclasses.replace(reward, num_epochs=0.175),
         ppo=ppo,
-        ppo_pit=dataclasses.replace(ppo, policy_optimizer=decayed(3e-4), max_kl=2.0),
+        ppo_pit=dataclasses.replace(ppo, policy_optimizer=decayed(3e-4), num_iterations=20, max_kl=2.0),
         evaluation=c.EvaluationConfig(num_prompts=640, batch_size=128, num_pairs=2),
     )
     if variant == "smoke":
@@ -82,7 +88,7 @@ def smoke(config: c.PitConfig) -> c.PitConfig:
     model = r(config.policy_model, num_layers=2, d_model=32, num_heads=2, num_kv_heads=1, head_dim=16, mlp_dim=64)
     short = lambda s, n: r(s, num_steps=n, batch_size=4, save_every=n)  # noqa: E731
     reward = lambda s: r(s, num_steps=4, batch_size=4, eval_every=4, save_every=4)  # noqa: E731
-    ppo = lambda s: r(s, num_iterations=2, rollout_size=8, value_warmup=1, eval_every=2, save_every=2)  # noqa: E731
+    ppo = lambda s: r(s, num_iterations=2, rollout_size=8, value_warmup=1, eval_every=2, save_every=1)  # noqa: E731
     return r(
         config,
         name="pit_synthetic:smoke",

@@ -127,7 +127,7 @@ class SFTConfig:
 class PretrainConfig:
     """M_pre: trained from scratch on generated rows, or read from a checkpoint."""
 
-    checkpoint: str = ""  # folder of a saved M_pre (workdir/checkpoints/pretrain/STEP); empty: train one
+    checkpoint: str = ""  # models/pretrain of another workdir; empty: train one
     sft: SFTConfig = SFTConfig()
     refinement_share: float = 0.5  # rows (x, y_l, c, y_w) of both Self-Refine forms; the rest are (x, y_w, c)
     learn_rejected: bool = False  # the dialogues' y_l is learnt as well
@@ -304,9 +304,11 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return from_config_dict(hint, value, path)
     origin = typing.get_origin(hint)
     if origin is tuple:
-        if isinstance(value, str):
-            value = [part.strip() for part in value.split(",") if part.strip()]
         item = typing.get_args(hint)[0]
+        if item is str:
+            # --config.FIELD=a,b comes as ("a,b",) and --config.FIELD= as ("",).
+            text = value if isinstance(value, str) else ",".join(map(str, value))
+            value = [part.strip() for part in text.split(",") if part.strip()]
         return tuple(_convert(item, v, f"{path}[{i}]") for i, v in enumerate(value))
     if origin is types.UnionType:
         return value

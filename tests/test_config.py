@@ -82,6 +82,8 @@ def test_a_missing_field():
 )
 def test_a_tuple_from_a_comma_string(text, expected):
     assert c.from_config_dict(c.PitConfig, as_dict() | {"curriculum": text}).curriculum == expected
+    flag = (text,)  # what --config.curriculum=TEXT hands over
+    assert c.from_config_dict(c.PitConfig, as_dict() | {"curriculum": flag}).curriculum == expected
 
 
 @pytest.mark.parametrize(

@@ -261,7 +261,7 @@ def test_render_shows_every_number_in_aligned_columns():
     assert len({len(line) for line in table}) == 1  # the last column is flush right
     assert "-3.70" in text
     assert [line.split() for line in lines if line.startswith("r_p ")] == [
-        ["r_p", "validation", "87.50", "[81.00,", "92.00]", "128"]
+        ["r_p", "labelled,", "of", "test", "prompts", "87.50", "[81.00,", "92.00]", "128"]
     ]
     assert "they hold the order of Equation 1" in text
     assert "96.00 -> 90.00" in text

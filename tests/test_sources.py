@@ -43,11 +43,12 @@ def error_of(reader, *arguments, **keywords) -> str:
 def test_jsonl_fields(tmp_path):
     requirements = [{"kind": "contains", "value": "gold"}, {"kind": "no_commas"}]
     full = ROW | {"reflection": "add gold", "requirements": requirements, "id": 7}
-    rows, counts = sources.read_jsonl(write(tmp_path / "a.jsonl", ROW, full))
+    rows, counts = sources.read_jsonl(write(tmp_path / "a.jsonl", ROW))
     assert counts == {}
     assert rows[0] == PreferenceExample(prompt="p", rejected="bad", chosen="good")
+    rows, _ = sources.read_jsonl(write(tmp_path / "b.jsonl", full))
     expected = (Requirement("contains", "gold"), Requirement("no_commas", ""))
-    assert rows[1] == PreferenceExample("p", "bad", "good", "add gold", expected)
+    assert rows[0] == PreferenceExample("p", "bad", "good", "add gold", expected)
 
 
 def test_jsonl_keeps_texts_as_they_are(tmp_path):
@@ -109,7 +110,10 @@ def test_folder_reads_all_files_in_order(tmp_path):
         (ROW | {"prompt": " "}, "field 'prompt' is empty"),
         (ROW | {"chosen": "cut \ud83d"}, "field 'chosen' has half a surrogate pair (U+D83D) at character 4"),
         (ROW | {"requirements": {"kind": "contains"}}, "field 'requirements' is a JSON object"),
-        (ROW | {"requirements": [{"kind": "a"}, "b"]}, "field 'requirements[1]' is a JSON string"),
+        (ROW | {"requirements": [{"kind": "quotes"}, "b"]}, "field 'requirements[1]' is a JSON string"),
+        (ROW | {"requirements": [{"kind": "rhymes"}]}, "field 'requirements[0]': unknown requirement kinds ['rhymes']"),
+        (ROW | {"requirements": [{"kind": "exactly_words", "value": "many"}]}, "field 'requirements[0]': "),
+        (ROW | {"requirements": [{"kind": "quotes"}]}, "field 'requirements' must be in all rows"),
         (ROW | {"requirements": [{"value": "b"}]}, "field 'requirements[0].kind' is missing"),
         (ROW | {"requirements": [{"kind": ""}]}, "field 'requirements[0].kind' is empty"),
         (ROW | {"requirements": [{"kind": "words", "value": 3}]}, "field 'requirements[0].value' is a JSON number"),

@@ -53,7 +53,7 @@ def test_choose_by_kl_bin_under_a_limit():
 def test_a_workdir_refuses_another_config(tmp_path):
     config = PitConfig()
     Workdir(tmp_path / "w", config)
-    Workdir(tmp_path / "w", config)
+    Workdir(tmp_path / "w", config).finish("data", {})
     changed = dataclasses.replace(config, seed=4, ppo=dataclasses.replace(config.ppo, kl_coef=0.25))
     with pytest.raises(ValueError) as error:
         Workdir(tmp_path / "w", changed)
@@ -63,9 +63,30 @@ def test_a_workdir_refuses_another_config(tmp_path):
     assert json.loads((tmp_path / "w" / "config.json").read_text())["seed"] == 0, "the file is left as it was"
 
 
+@pytest.mark.parametrize("made", ["stages/data.json", "checkpoints/pretrain"])
+def test_a_start_that_failed_early_binds_nobody(tmp_path, made):
+    """A wrong path, then the right one on the same workdir."""
+    config, other = PitConfig(), PitConfig(seed=4)
+    Workdir(tmp_path / "w", config)
+    (tmp_path / "w" / "stages").mkdir()
+    (tmp_path / "w" / "stages" / "data.seconds.json").write_text("0.5")
+    Workdir(tmp_path / "w", other)
+    assert json.loads((tmp_path / "w" / "config.json").read_text())["seed"] == 4
+    (tmp_path / "w" / made).parent.mkdir(exist_ok=True)
+    (tmp_path / "w" / made).write_text("{}")
+    with pytest.raises(ValueError, match="made with another config"):
+        Workdir(tmp_path / "w", config)
+
+
+def test_a_workdir_that_is_a_file(tmp_path):
+    (tmp_path / "w").write_text("mine")
+    with pytest.raises(ValueError, match="w is a file, but must be a folder"):
+        Workdir(tmp_path / "w", PitConfig())
+
+
 def test_arms_may_be_added(tmp_path):
     config = PitConfig()
-    Workdir(tmp_path / "w", config)
+    Workdir(tmp_path / "w", config).finish("data", {})
     Workdir(tmp_path / "w", dataclasses.replace(config, arms=("second_rl_only",), profile=3))
     stored = json.loads((tmp_path / "w" / "config.json").read_text())
     assert stored["arms"] == ["second_rl_only"] and stored["profile"] == 3

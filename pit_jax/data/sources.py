@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from pit_jax.data import verifier
 from pit_jax.types import PreferenceExample, Requirement
 
 Rows = list[PreferenceExample]
@@ -146,14 +147,18 @@ def _requirements(row: dict[str, Any], where: str) -> tuple[Requirement, ...]:
         if not kind:
             raise DataError(f"{where}: field '{field}.kind' is empty")
         found.append(Requirement(kind, argument))
+        try:
+            verifier.check_requirement(found[-1])
+        except ValueError as error:
+            raise DataError(f"{where}: field {field!r}: {error}") from error
     return tuple(found)
 
 
 def read_jsonl(path: str | Path, *, drop_empty: bool = False) -> tuple[Rows, Counts]:
     """Rows {"prompt", "chosen", "rejected"[, "reflection"][, "requirements": [{"kind"[, "value"]}, ...]]}.
 
-    Texts stay as they are, other fields are not looked at. Pairs of equal answers teach no preference: they are
-    dropped and counted.
+    Texts stay as they are, other fields are not looked at. Requirements are in all rows or in none. Pairs of equal
+    answers teach no preference: they are dropped and counted.
 
     Args:
       path: a file, or a folder whose files (also in subfolders) are read in the order of their names; .gz and .xz are
@@ -181,6 +186,8 @@ def read_jsonl(path: str | Path, *, drop_empty: bool = False) -> tuple[Rows, Cou
             counts[EMPTY_ANSWER] += 1
         elif example.chosen == example.rejected:
             counts[SAME_ANSWERS] += 1
+        elif rows and bool(example.requirements) != bool(rows[0].requirements):
+            raise DataError(f"{where}: field 'requirements' must be in all rows or in none")
         else:
             rows.append(example)
     return _some(path, rows, counts)

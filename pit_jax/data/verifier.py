@@ -241,6 +241,11 @@ CHECKS: dict[str, Callable[[str, str], bool]] = {
 """kind -> check(value, response)."""
 
 
+def check_requirement(requirement: Requirement) -> None:
+    """Raises ValueError for an unknown kind, or a count whose value is no number."""
+    verify([requirement], "Some words.")
+
+
 def verify(requirements: Iterable[Requirement], response: str) -> tuple[bool, ...]:
     """Which requirements an answer meets (stands in for the judging model of PIT appendix D).
 

@@ -106,7 +106,7 @@ def _reward_models(models: dict) -> str:
         for key in row:
             if key == "accuracy" or key.endswith("_accuracy"):
                 prefix = key.removesuffix("accuracy")
-                pairs = "validation" if not prefix else f"own, of {_words(prefix.rstrip('_'))}"
+                pairs = "labelled, of test prompts" if not prefix else f"own, of {_words(prefix.rstrip('_'))}"
                 part = {k: row.get(prefix + k) for k in ("accuracy", "low", "high", "n")}
                 count = "-" if part["n"] is None else str(part["n"])
                 rows.append([name, pairs, _percent(part["accuracy"]), _interval(part), count])

@@ -75,7 +75,7 @@ def run(
             kept = "nothing was saved yet" if last is None else f"the checkpoint of step {last} in {directory} is kept"
             raise NonFiniteError(
                 f"stage {stage}: {', '.join(bad)} not finite at step {step}; {kept}. Lower the learning rate of this "
-                "stage or look at the rows of that step."
+                "stage (in a new --workdir) or look at the rows of that step."
             )
         now = time.perf_counter()
         writer.write(stage, step, values | {"seconds": now - clock})

@@ -127,6 +127,7 @@ def data_stage(context: Context) -> dict:
             write_text_atomic(root / f"{name}.jsonl", "".join(lines))
     raw = read_rows(config, root)
     if config.tokenizer.path:
+        tokenizer_lib.load(config.tokenizer.path)  # says what is wrong with the file
         model = Path(config.tokenizer.path).read_bytes()
     else:
         # From the first fold alone (section 4.1's D_SFT): the others must stay unseen until their stage.

@@ -33,7 +33,7 @@ class Workdir:
         """Opens or creates a workdir.
 
         Raises:
-          ValueError: where it was made with another config; the fields that differ are named.
+          ValueError: where something was trained in it with another config; the fields that differ are named.
         """
         self.root = Path(root)
         path = self.root / "config.json"
@@ -42,16 +42,23 @@ class Workdir:
             theirs = json.loads(path.read_text(encoding="utf-8"))
             same = lambda c: {k: v for k, v in c.items() if k not in FREE_FIELDS}  # noqa: E731
             lines = config_lib.differing_fields(same(ours), same(theirs))
-            if lines:
+            if lines and self._holds_work():
                 raise ValueError(
                     f"workdir {self.root} was made with another config:\n  "
                     + "\n  ".join(lines)
                     + "\nUse another --workdir, or set these fields back."
                 )
+        elif self.root.exists() and not self.root.is_dir():
+            raise ValueError(f"--workdir={self.root} is a file, but must be a folder")
         elif self.root.exists() and any(self.root.iterdir()):
             raise ValueError(f"workdir {self.root} is not empty and has no config.json: use another --workdir")
         self.root.mkdir(parents=True, exist_ok=True)
         write_json_atomic(path, ours)
+
+    def _holds_work(self) -> bool:
+        """Whether a stage is done or has saved a state: a start that failed before that binds nobody."""
+        records = (path for path in self.root.glob("stages/*.json") if not path.name.endswith(".seconds.json"))
+        return any(records) or any(self.root.glob("checkpoints/*"))
 
     def checkpoints(self, stage: str) -> Path:
         """Folder of a stage's training states."""
@@ -150,7 +157,10 @@ def choose_by_kl_bin(measured: dict[int, dict], num_bins: int, max_kl: float = 0
 
 
 def run_stage(workdir: Workdir, stage: str, function: Callable[[], dict]) -> dict:
-    """Runs a stage unless it is done; records its seconds (over all starts) and what it returns."""
+    """Runs a stage unless it is done; records what it returns and its seconds.
+
+    They are summed over all starts, but for the time before a kill -9, which leaves no chance to write it down.
+    """
     record = workdir.done(stage)
     if record is not None:
         print(f"{stage}: done", flush=True)
