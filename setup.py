@@ -24,7 +24,6 @@ REQUIRES = [
     "sentencepiece>=0.2.1,<0.3",
     "ml-collections>=1.1,<2",
     "chex>=0.1.92,<0.2",
-    "grain>=0.2.18,<0.3",
     "numpy>=2.0,<3",
     "absl-py>=2.1,<3",
     "tqdm>=4.66,<5",
@@ -46,7 +45,7 @@ EXTRAS = {
 setup(
     name="pit_jax",
     version=VERSION,
-    description="PIT and SRT, two ways to teach a language model to improve its own answers, in JAX",
+    description="PIT: a language model that learns from preference pairs to improve its own answers, in JAX",
     long_description=README.read_text("utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",

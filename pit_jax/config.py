@@ -70,6 +70,7 @@ class DataConfig:
     prompt_window: int = 512  # tokens of x (appendix F: 512 / 512 / 512); longer rows are dropped and counted
     response_window: int = 512  # tokens of y, with EOS
     reflection_window: int = 128  # tokens of c
+    templates: str = ""  # a folder whose policy.txt, pit.txt, reflection.txt and refinement.txt replace the package's
 
     def __post_init__(self):
         _check(self.source in ("synthetic", "file"), f"data.source is {self.source!r}: use synthetic or file")
@@ -231,7 +232,6 @@ class PitConfig:
 
     name: str = "pit"
     seed: int = 0
-    profile: int = 0
     mesh: MeshConfig = MeshConfig()
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()

@@ -87,9 +87,9 @@ def test_a_workdir_that_is_a_file(tmp_path):
 def test_arms_may_be_added(tmp_path):
     config = PitConfig()
     Workdir(tmp_path / "w", config).finish("data", {})
-    Workdir(tmp_path / "w", dataclasses.replace(config, arms=("second_rl_only",), profile=3))
+    Workdir(tmp_path / "w", dataclasses.replace(config, arms=("second_rl_only",)))
     stored = json.loads((tmp_path / "w" / "config.json").read_text())
-    assert stored["arms"] == ["second_rl_only"] and stored["profile"] == 3
+    assert stored["arms"] == ["second_rl_only"]
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):

@@ -173,6 +173,13 @@ def test_a_folder_of_templates(tok, folder):
     assert custom.policy_prompt("tea") == expected
     default = encode.Encoder(tok, 12, 8, 4)
     assert custom.pit_prompt("tea", "dog") == default.pit_prompt("tea", "dog")
+    assert encode.make_encoder(tok, DataConfig(templates=str(folder))).policy_prompt("tea") == expected
+
+
+def test_a_template_that_is_missing(tok, folder):
+    (folder / "refinement.txt").unlink()
+    with pytest.raises(ValueError, match=r"refinement\.txt cannot be read \(config\.data\.templates\)"):
+        encode.Encoder(tok, 12, 8, 4, str(folder))
 
 
 @pytest.mark.parametrize(

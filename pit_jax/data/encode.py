@@ -16,14 +16,14 @@ class Encoder:
     Attributes:
       tokenizer: ids.
       prompt_window, response_window, reflection_window: limits of config.data.
-      template_folder: replaces the templates of the package.
+      template_folder: replaces the templates of the package; empty: none does.
     """
 
     tokenizer: Tokenizer
     prompt_window: int
     response_window: int
     reflection_window: int
-    template_folder: str | None = None
+    template_folder: str = ""
 
     def __post_init__(self):
         load = lambda name: templates.load(name, self.template_folder)  # noqa: E731
@@ -82,7 +82,8 @@ class Encoder:
 
 def make_encoder(tokenizer: Tokenizer, config: DataConfig) -> Encoder:
     """An Encoder with the windows of a config."""
-    return Encoder(tokenizer, config.prompt_window, config.response_window, config.reflection_window)
+    windows = config.prompt_window, config.response_window, config.reflection_window
+    return Encoder(tokenizer, *windows, config.templates)
 
 
 def drop_over_length(rows: list[PreferenceExample], encoder: Encoder) -> tuple[list[PreferenceExample], dict[str, int]]:

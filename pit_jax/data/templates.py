@@ -22,21 +22,24 @@ END = "<<End>>"
 _PARTS = re.compile("(" + "|".join(map(re.escape, (*CONTROL_SYMBOLS, END))) + r"|\{[a-z_]+\})")
 
 
-def load(name: str, folder: str | Path | None = None) -> str:
+def load(name: str, folder: str | Path = "") -> str:
     """The text of a template.
 
     Raises:
-      ValueError: where a replaced file lacks a field or names an unknown one.
+      ValueError: where a replaced file is missing, is not UTF-8, lacks a field or names an unknown one.
     """
     path = Path(folder or Path(__file__).parent / "templates") / f"{name}.txt"
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"template {path} cannot be read (config.data.templates): {error}") from error
     found = set(re.findall(r"\{([a-z_]+)\}", text))
     if found != FIELDS[name]:
         raise ValueError(f"template {path} has the fields {sorted(found)}, but needs {sorted(FIELDS[name])}")
     return text
 
 
-def literals(folder: str | Path | None = None) -> str:
+def literals(folder: str | Path = "") -> str:
     """The words of all templates, for training a tokenizer."""
     return " ".join(_PARTS.sub(" ", load(name, folder)) for name in FIELDS)
 

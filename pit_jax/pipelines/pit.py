@@ -134,7 +134,7 @@ def data_stage(context: Context) -> dict:
         texts = [text for row in raw["sft"] for text in (row.prompt, row.rejected, row.chosen, row.reflection)]
         if config.data.source == "synthetic":
             # Each word of the lexicon and of the templates whole, in its three cases.
-            texts += synthetic_text.word_forms(templates.literals())
+            texts += synthetic_text.word_forms(templates.literals(config.data.templates))
         model = tokenizer_lib.train(texts, config.tokenizer.vocab_size)
     (root / "tokenizer.model").write_bytes(model)
     encoder = encode.make_encoder(tokenizer_lib.load(root / "tokenizer.model"), config.data)

@@ -22,7 +22,7 @@ from pit_jax import checkpoint, config as config_lib
 from pit_jax.files import write_json_atomic
 from pit_jax.types import Params
 
-FREE_FIELDS = ("arms", "profile")
+FREE_FIELDS = ("arms",)
 """Top-level fields that may change on a workdir: they add something and alter nothing that was trained."""
 
 
