@@ -20,6 +20,11 @@ def _check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _positive(config: Any, *fields: str) -> None:
+    for name in fields:
+        _check(getattr(config, name) > 0, f"{name}={getattr(config, name)} must be above 0")
+
+
 ARMS = ("second_rl_only", "longer_sft")
 """Arms of Table 2 that need training of their own; First RL only is the first round of the curriculum."""
 
@@ -43,9 +48,9 @@ class ModelConfig:
     copy_init: float = 0.0  # o starts as this times v transposed, so that heads pass on what they attend to
 
     def __post_init__(self):
-        _check(self.num_heads % self.num_kv_heads == 0, "model.num_heads must be a multiple of model.num_kv_heads")
-        _check(self.remat in ("none", "dots", "full"), f"model.remat is {self.remat!r}: use none, dots or full")
-        _check(self.dtype in ("float32", "bfloat16"), f"model.dtype is {self.dtype!r}: use float32 or bfloat16")
+        _check(self.num_heads % self.num_kv_heads == 0, "num_heads must be a multiple of num_kv_heads")
+        _check(self.remat in ("none", "dots", "full"), f"remat is {self.remat!r}: use none, dots or full")
+        _check(self.dtype in ("float32", "bfloat16"), f"dtype is {self.dtype!r}: use float32 or bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +78,9 @@ class DataConfig:
     templates: str = ""  # a folder whose policy.txt, pit.txt, reflection.txt and refinement.txt replace the package's
 
     def __post_init__(self):
-        _check(self.source in ("synthetic", "file"), f"data.source is {self.source!r}: use synthetic or file")
-        _check(self.source != "file" or bool(self.path), "data.source is 'file': set --config.data.path=FILE_OR_FOLDER")
+        _check(self.source in ("synthetic", "file"), f"source is {self.source!r}: use synthetic or file")
+        _check(self.source != "file" or bool(self.path), "source is 'file': set --config.data.path=FILE_OR_FOLDER")
+        _positive(self, "size", "num_selection", "num_test", "prompt_window", "response_window", "reflection_window")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +108,10 @@ class OptimizerConfig:
     def __post_init__(self):
         _check(
             self.schedule in ("constant", "linear", "cosine"),
-            f"optimizer.schedule is {self.schedule!r}: use constant, linear or cosine",
+            f"schedule is {self.schedule!r}: use constant, linear or cosine",
         )
-        _check(self.name in ("adamw", "muon"), f"optimizer.name is {self.name!r}: use adamw or muon")
+        _check(self.name in ("adamw", "muon"), f"name is {self.name!r}: use adamw or muon")
+        _check(self.learning_rate > 0, f"learning_rate={self.learning_rate} must be above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +129,10 @@ class SFTConfig:
     loss_on_prompt: bool = False  # M_pre only: plain language modelling
     chunk_size: int = 0  # log-probs over this many positions at a time; 0: all at once
     save_every: int = 200
+
+    def __post_init__(self):
+        _positive(self, "batch_size", "num_epochs", "accumulation", "save_every")
+        _check(self.unlikelihood >= 0, f"unlikelihood={self.unlikelihood} must not be negative")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,8 +160,9 @@ class RewardModelConfig:
     save_every: int = 50
 
     def __post_init__(self):
+        _positive(self, "batch_size", "num_epochs", "accumulation", "eval_every", "save_every")
         losses = ("gap", "gap_no_diagonal", "mse", "r_p_difference")
-        _check(self.loss in losses, f"reward model loss is {self.loss!r}: use one of {', '.join(losses)}")
+        _check(self.loss in losses, f"loss is {self.loss!r}: use one of {', '.join(losses)}")
         _check(
             self.start_from in ("pretrain", "sft", "r_p"),
             f"start_from is {self.start_from!r}: use pretrain, sft or (R_PIT only) r_p",
@@ -200,15 +212,16 @@ class PPOConfig:
     max_kl: float = 0.0  # candidates further than this from the SFT policy (nats per response) are not chosen; 0: any
 
     def __post_init__(self):
-        _check(self.kl_estimator in ("k1", "k3"), f"ppo.kl_estimator is {self.kl_estimator!r}: use k1 or k3")
+        _check(self.kl_estimator in ("k1", "k3"), f"kl_estimator is {self.kl_estimator!r}: use k1 or k3")
         _check(
             self.top_k == 0 and self.top_p == 1.0,
-            "ppo.top_k and ppo.top_p must stay off: the ratio and the KL would be taken under another distribution "
+            "top_k and top_p must stay off: the ratio and the KL would be taken under another distribution "
             "than the one that was sampled. Set top_k=0 and top_p=1.0.",
         )
+        _positive(self, "num_iterations", "rollout_size", "num_epochs", "num_minibatches", "eval_every", "save_every")
         _check(
             self.rollout_size % self.num_minibatches == 0,
-            f"ppo.rollout_size={self.rollout_size} must be a multiple of ppo.num_minibatches={self.num_minibatches}",
+            f"rollout_size={self.rollout_size} must be a multiple of num_minibatches={self.num_minibatches}",
         )
 
 
@@ -224,6 +237,9 @@ class EvaluationConfig:
     num_resamples: int = 10_000
     self_refine: bool = True
     show_samples: int = 3
+
+    def __post_init__(self):
+        _positive(self, "num_prompts", "batch_size", "num_iterations", "num_pairs", "num_resamples")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,6 +279,9 @@ class PitConfig:
         )
         for name in ("r_p", "evaluator"):
             _check(getattr(self, name).start_from != "r_p", f"{name}.start_from=r_p: only r_pit comes after R_P")
+            _check(getattr(self, name).loss == "gap", f"{name}.loss is for r_pit; {name} is trained by Bradley-Terry")
+        for field in ("chain_of_thought", "unlikelihood"):
+            _check(not getattr(self.sft_policy, field), f"sft_policy.{field} is for sft_pit")
         for arm in self.arms:
             _check(arm in ARMS, f"arms names {arm!r}: use {', '.join(ARMS)}")
 
@@ -296,7 +315,11 @@ def from_config_dict(cls: type, config: ml_collections.ConfigDict | dict, path: 
     missing = [name for name in fields if name not in values]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)} (fields of {cls.__name__})")
-    return cls(**{name: _convert(hints[name], values[name], f"{path}.{name}") for name in fields})
+    converted = {name: _convert(hints[name], values[name], f"{path}.{name}") for name in fields}
+    try:
+        return cls(**converted)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:

@@ -22,6 +22,7 @@ from pit_jax.pipelines import pit
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :VARIANT where it has some.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that the run leaves behind.")
 _STAGE = flags.DEFINE_string("stage", None, "Run this stage only; the ones before it must be done.")
+_REDO = flags.DEFINE_string("redo", None, "Run this stage and all after it again; fields of these may then be changed.")
 
 
 def main(argv: list[str]) -> None:
@@ -36,8 +37,9 @@ def main(argv: list[str]) -> None:
         config = config_lib.from_config_dict(config_lib.PitConfig, _CONFIG.value)
         tables = workdir / "tables.txt"
         written = tables.stat().st_mtime_ns if tables.exists() else 0
-        command = " ".join(["python -m pit_jax.train", *(a for a in sys.argv[1:] if not a.startswith("--stage"))])
-        pit.run(config, workdir, pit_evaluation.evaluate, _STAGE.value, command)
+        typed = (a for a in sys.argv[1:] if not a.startswith(("--stage", "--redo")))
+        command = " ".join(["python -m pit_jax.train", *typed])
+        pit.run(config, workdir, pit_evaluation.evaluate, _STAGE.value, command, _REDO.value)
     except (DataError, NonFiniteError, ValueError) as error:
         if flags.FLAGS["v"].value > 0:
             raise

@@ -99,15 +99,29 @@ def test_a_tuple_from_a_comma_string(text, expected):
         (lambda: c.RewardModelConfig(start_from="rl"), r"'rl': use pretrain, sft or \(R_PIT only\) r_p"),
         (lambda: c.PitConfig(r_p=c.RewardModelConfig(start_from="r_p")), "only r_pit comes after R_P"),
         (lambda: c.PPOConfig(kl_estimator="k2"), "'k2': use k1 or k3"),
-        (lambda: c.PPOConfig(rollout_size=10, num_minibatches=4), "10 must be a multiple of ppo.num_minibatches=4"),
+        (lambda: c.PPOConfig(rollout_size=10, num_minibatches=4), "10 must be a multiple of num_minibatches=4"),
         (lambda: c.PitConfig(curriculum=("data", "rl")), "names 'rl': use data, policy, pit or policy_checkpoint"),
         (lambda: c.PitConfig(arms=("first",)), "names 'first': use second_rl_only"),
         (lambda: c.PitConfig(sft_pit=c.SFTConfig(chain_of_thought=True)), "--config.curriculum="),
+        (lambda: c.PitConfig(r_p=c.RewardModelConfig(loss="mse")), "r_p.loss is for r_pit"),
+        (lambda: c.PitConfig(sft_policy=c.SFTConfig(unlikelihood=0.5)), "sft_policy.unlikelihood is for sft_pit"),
+        (lambda: c.SFTConfig(unlikelihood=-1.0), "unlikelihood=-1.0 must not be negative"),
+        (lambda: c.RewardModelConfig(batch_size=0), "batch_size=0 must be above 0"),
+        (lambda: c.DataConfig(size=-5), "size=-5 must be above 0"),
+        (lambda: c.OptimizerConfig(learning_rate=-1.0), "learning_rate=-1.0 must be above 0"),
+        (lambda: c.EvaluationConfig(num_iterations=0), "num_iterations=0 must be above 0"),
     ],
 )
 def test_a_value_out_of_range_says_what_to_use(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_an_error_names_the_section():
+    values = as_dict()
+    values["ppo_pit"]["rollout_size"] = 7
+    with pytest.raises(ValueError, match=r"config\.ppo_pit: rollout_size=7 must be a multiple of num_minibatches"):
+        c.from_config_dict(c.PitConfig, values)
 
 
 def test_differing_fields():

@@ -94,6 +94,9 @@ def test_the_run_leaves_everything_behind(finished):
             assert set(summary) == {"win", "lose", "tie", "delta", "low", "high", "n"}
             assert summary["win"] + summary["lose"] + summary["tie"] == pytest.approx(1)
             assert summary["delta"] == pytest.approx(summary["win"] - summary["lose"])
+    improved = {"pit", "pit_iteration_2", "pit_sft", "pit_shuffled", "first_rl_only", "self_refine"}
+    with_copies = {name for name, row in results["answers"].items() if row["copy_rate"] is not None}
+    assert with_copies == improved, "those that were given a ref_response"
     assert set(results["reward_models"]["r_pit"]["gaps"]) == {
         "chosen_rejected", "chosen_chosen", "rejected_rejected", "rejected_chosen",
     }  # fmt: skip
@@ -186,6 +189,23 @@ def test_an_added_arm_is_trained_and_gets_its_rows(finished, cache, tmp_path):
     assert results["comparisons"]["longer_sft_vs_original"]["verifier"]["n"] > 0
     for name, judges in before["comparisons"].items():
         assert results["comparisons"][name] == judges, "what was there stays as it was"
+
+
+def test_redo_trains_a_stage_and_all_after_it_again(finished, cache, tmp_path):
+    workdir = tmp_path / "smoke"
+    shutil.copytree(finished[0], workdir)
+    early = "--redo=r_pit", "--config.r_pit.loss=mse", "--config.sft_pit.optimizer.b1=0.5"
+    result = train(workdir, *early, cache=cache)
+    assert result.returncode == 2 and "config.sft_pit.optimizer.b1: 0.9 -> 0.5" in result.stderr
+    assert "r_pit.loss" not in result.stderr and contents(workdir) == contents(finished[0]), "nothing was deleted"
+    result = train(workdir, "--redo=r_pit", "--config.r_pit.loss=mse", cache=cache)
+    assert result.returncode == 0, result.stderr[-2000:]
+    ours, theirs = contents(workdir)[0], contents(finished[0])[0]
+    changed = {name.split("/")[0] for name in ours if ours[name] != theirs.get(name)}
+    assert {"r_pit", "rl_pit_1", "rl_pit_2"} <= changed and not changed & {"pretrain", "sft_policy", "sft_pit", "r_p"}
+    assert json.loads((workdir / "config.json").read_text())["r_pit"]["loss"] == "mse"
+    result = train(workdir, "--redo=r_pit", cache=cache)
+    assert result.returncode == 0 and contents(workdir) == contents(finished[0]), "back again, bitwise"
 
 
 def test_another_config_is_refused(finished, cache):

@@ -248,7 +248,8 @@ def read_hh_rlhf(path: str | Path) -> tuple[Rows, Counts]:
 
 def _some(path: str | Path, rows: Rows, counts: Counts) -> tuple[Rows, Counts]:
     if not rows:
-        raise DataError(f"{path}: no row is left; all were dropped: {dict(counts)}")
+        hint = "; for rows of prompt, chosen, rejected: --config.data.format=jsonl" if counts[NOT_A_DIALOGUE] else ""
+        raise DataError(f"{path}: no row is left; all were dropped: {dict(counts)}{hint}")
     return rows, dict(counts)
 
 

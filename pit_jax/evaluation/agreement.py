@@ -36,7 +36,7 @@ def accuracy(first_scores: Array, second_scores: Array, *, level: float = 0.95) 
     first, second = _columns(first_scores=first_scores, second_scores=second_scores)
     if not first.size:
         raise ValueError("there are no pairs: an accuracy needs at least one.")
-    return _share(np.count_nonzero(first > second), first.size, level)
+    return _share(float(np.mean(first > second)), first.size, level)
 
 
 def pair_accuracy_excluding_ties(
@@ -45,19 +45,15 @@ def pair_accuracy_excluding_ties(
     *,
     groups: Array | None = None,
     level: float = 0.95,
-    seed: int = 0,
-    num_resamples: int = 10_000,
 ) -> dict:
     """Share of pairs that the margin orders as the truth does, among those where the truth is not a tie.
 
     Args:
       predicted_margin: [n], score of the first response minus that of the second; 0 is an error.
       true_margin: [n], the same from the labels; pairs with 0 are left out.
-      groups: [n], the prompt of each pair: several pairs of one prompt say less than pairs of several prompts, so the
-        interval is then a percentile bootstrap over prompts. None: a Wilson interval, each pair by itself.
-      level: coverage of the interval.
-      seed: of the resamples.
-      num_resamples: their number.
+      groups: [n], the prompt of each pair. Several pairs of one prompt say less than pairs of several prompts, so the
+        interval counts prompts: it is as wide as if all pairs of a prompt were right or wrong together. None: pairs.
+      level: coverage of the Wilson interval.
 
     Returns:
       {"accuracy", "low", "high", "n"}; n is the number of pairs that count. Where it is 0 the other values are None.
@@ -70,16 +66,8 @@ def pair_accuracy_excluding_ties(
     if not counts.any():
         return {"accuracy": None, "low": None, "high": None, "n": 0}
     hits = (np.sign(predicted) == np.sign(true))[counts]
-    share = _share(np.count_nonzero(hits), hits.size, level)
-    if groups is None:
-        return share
-    _, numbers = np.unique(np.asarray(groups)[counts], return_inverse=True)
-    sizes, right = np.bincount(numbers), np.bincount(numbers, weights=hits)
-    rng = np.random.default_rng(seed)
-    draws = [rng.integers(sizes.size, size=sizes.size) for _ in range(num_resamples)]
-    accuracies = [right[draw].sum() / sizes[draw].sum() for draw in draws]
-    low, high = np.quantile(accuracies, [(1 - level) / 2, (1 + level) / 2])
-    return share | {"low": float(low), "high": float(high)}
+    num_prompts = hits.size if groups is None else np.unique(np.asarray(groups)[counts]).size
+    return _share(float(np.mean(hits)), num_prompts, level) | {"n": int(hits.size)}
 
 
 def gap_diagnostics(wl: Array, ww: Array, ll: Array, lw: Array) -> dict:
@@ -170,13 +158,13 @@ def _ratio(numerator, denominator) -> float | None:
     return float(numerator / denominator) if denominator > 0 else None
 
 
-def _share(hits: int, n: int, level: float) -> dict:
+def _share(p: float, n: int, level: float) -> dict:
     """A share with its Wilson score interval, which stays in 0..1 and is not empty where all pairs agree."""
-    z, p = statistics.NormalDist().inv_cdf((1 + level) / 2), hits / n
+    z = statistics.NormalDist().inv_cdf((1 + level) / 2)
     center = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return {
-        "accuracy": float(p),
+        "accuracy": p,
         "low": max(0.0, min(center - half, p)),
         "high": min(1.0, max(center + half, p)),
         "n": int(n),

@@ -101,8 +101,8 @@ def _answers(context: pit.Context, rows: list[PreferenceExample]) -> tuple[Answe
     }
     current = answers["original"]
     for k in range(1, config.evaluation.num_iterations + 1):
-        current = improve(f"pit_{k}", current, final)
-        answers["pit" if k == 1 else f"pit_iteration_{k}"] = current
+        name = "pit" if k == 1 else f"pit_iteration_{k}"
+        answers[name] = current = improve(name, current, final)
     # Each prompt gets the answer to another prompt: M_PIT without help of its ref_response, and misled by it.
     shuffled = answers["original"][1:] + answers["original"][:1]
     answers["pit_shuffled"] = improve("pit_shuffled", shuffled, final)

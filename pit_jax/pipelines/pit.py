@@ -13,6 +13,7 @@ evaluate      Algorithm 2 and the tables                                     sec
 """
 
 import dataclasses
+import difflib
 import functools
 import hashlib
 import json
@@ -42,10 +43,23 @@ from pit_jax.files import write_text_atomic
 from pit_jax.learners import loop, ppo, reward_model, sft
 from pit_jax.metrics import MetricsWriter
 from pit_jax.models.transformer import ScalarModel, Transformer
-from pit_jax.pipelines.stages import Candidates, Workdir, choose_by_kl_bin, run_stage
+from pit_jax.pipelines.stages import FREE_FIELDS, Candidates, Workdir, choose_by_kl_bin, run_stage
 from pit_jax.types import Params, PreferenceExample, Rollout
 
 REWARD_STAGES = ("r_p", "r_pit", "evaluator")
+
+FIRST_STAGE = {
+    "sft_policy": "sft_policy",
+    "sft_pit": "sft_pit",
+    "r_p": "r_p",
+    "r_pit": "r_pit",
+    "evaluator": "evaluator",
+    "ppo": "rl_policy",
+    "ppo_pit": "rl_pit_1",
+    "curriculum": "rl_pit_1",
+    "evaluation": "evaluate",
+}
+"""Field of the config -> the first stage that reads it; all other fields are read from the start."""
 
 SPLITS = ("sft", "rm", "rl", "selection", "test", "pretrain")
 
@@ -733,6 +747,7 @@ def run(
     evaluate: Callable[[Context], dict],
     only: str | None = None,
     command: str = Context.command,
+    redo: str | None = None,
 ) -> Context:
     """Runs all stages that are not done, or only the one named.
 
@@ -742,14 +757,26 @@ def run(
       evaluate: the last stage; evaluation lies to the right of pipelines, so it is handed in.
       only: a stage name.
       command: what the user typed, for messages.
+      redo: a stage name: what it and all later stages left is deleted first. Fields that only these read may then
+        differ from those that the workdir was made with.
 
     Raises:
       ValueError: for an unknown stage, or one whose earlier stages are not done.
     """
     names = stage_names(config)
-    if only is not None and only not in names:
-        raise ValueError(f"--stage={only} is not a stage of this config: {', '.join(names)}")
-    workdir = Workdir(root, config)
+    for flag, name in (("stage", only), ("redo", redo)):
+        if name is not None and name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ValueError(f"--{flag}={name} is not a stage of this config: {', '.join(names)}.{hint}")
+    later = names[names.index(redo) :] if redo else []
+    free = [field for field, first in FIRST_STAGE.items() if first in later or (later and first not in names)]
+    workdir = Workdir(root, config, (*FREE_FIELDS, *free))
+    if redo:
+        done = {path.stem for path in workdir.root.glob("stages/*.json")}
+        gone = done - set(names) if later != ["evaluate"] else set()  # arms, rounds that this config has not
+        for name in (*later, *sorted(gone)):
+            workdir.discard(name)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
     with jax.set_mesh(mesh):
         context = Context(config, workdir, MetricsWriter(workdir.root), command)

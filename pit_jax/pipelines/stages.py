@@ -14,7 +14,7 @@ results.json                every number of the tables
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,13 @@ FREE_FIELDS = ("arms",)
 class Workdir:
     """Paths and done-markers of a run."""
 
-    def __init__(self, root: str | Path, config: Any):
+    def __init__(self, root: str | Path, config: Any, free_fields: Sequence[str] = FREE_FIELDS):
         """Opens or creates a workdir.
+
+        Args:
+          root: the folder.
+          config: of the run.
+          free_fields: top-level fields that may differ from those it was made with.
 
         Raises:
           ValueError: where something was trained in it with another config; the fields that differ are named.
@@ -40,7 +45,7 @@ class Workdir:
         ours = json.loads(config_lib.to_json(config))
         if path.exists():
             theirs = json.loads(path.read_text(encoding="utf-8"))
-            same = lambda c: {k: v for k, v in c.items() if k not in FREE_FIELDS}  # noqa: E731
+            same = lambda c: {k: v for k, v in c.items() if k not in free_fields}  # noqa: E731
             lines = config_lib.differing_fields(same(ours), same(theirs))
             if lines and self._holds_work():
                 raise ValueError(
@@ -80,6 +85,13 @@ class Workdir:
     def forget(self, stage: str) -> None:
         """Takes the mark of a stage away, so that it runs again."""
         (self.root / "stages" / f"{stage}.json").unlink()
+
+    def discard(self, stage: str) -> None:
+        """Deletes what a stage has left, the mark first."""
+        (self.root / "stages" / f"{stage}.json").unlink(missing_ok=True)
+        (self.root / "stages" / f"{stage}.seconds.json").unlink(missing_ok=True)
+        for folder in ("models", "candidates", "checkpoints", "samples"):
+            shutil.rmtree(self.root / folder / stage, ignore_errors=True)
 
     def save_model(self, stage: str, params: Params) -> None:
         """Leaves the parameters of a stage behind."""
