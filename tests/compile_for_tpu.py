@@ -6,6 +6,7 @@ Prints one JSON line: program -> bytes of temporaries per device. A process of i
 set before jax is imported.
 """
 
+import functools
 import json
 import os
 import sys
@@ -23,7 +24,7 @@ from pit_jax import optimizers, sharding, train_state
 from pit_jax.config import ModelConfig, OptimizerConfig, PPOConfig
 from pit_jax.learners import ppo, reward_model, sft
 from pit_jax.models.transformer import ScalarModel, Transformer
-from pit_jax.types import PromptBatch, ScoreBatch, TokenBatch
+from pit_jax.types import PromptBatch, Rollout, ScoreBatch, TokenBatch
 
 B, T, P, R = 8, 64, 32, 16
 
@@ -39,7 +40,13 @@ def main(data: int, model: int, dtype: str, remat: str, chunk_size: int) -> dict
         dtype=dtype, remat=remat, copy_init=1.0,
     )  # fmt: skip
     decoder, decode, scalar = Transformer(config), Transformer(config, sharding.DECODE_RULES), ScalarModel(config)
-    optimizer = optimizers.make_optimizer(OptimizerConfig(schedule="cosine", warmup_fraction=0.1), 10)
+    made = {
+        name: optimizers.make_optimizer(
+            OptimizerConfig(name, schedule="cosine", warmup_fraction=0.1, weight_decay=0.1), 10
+        )
+        for name in ("adamw", "muon")
+    }
+    adamw = made["adamw"]
 
     def array(shape, dtype):
         spec = jax.P("data", *[None] * (len(shape) - 1)) if shape else jax.P()
@@ -60,15 +67,16 @@ def main(data: int, model: int, dtype: str, remat: str, chunk_size: int) -> dict
         init = lambda k, x: module.init(k, x, x, x, method=method)  # noqa: E731
         return on_mesh(jax.eval_shape(init, key, rows))
 
-    def state(params):
+    def state(params, optimizer=adamw):
         return on_mesh(jax.eval_shape(lambda p: train_state.TrainState(jnp.int32(0), p, optimizer.init(p)), params))
 
     with jax.set_mesh(mesh):
         policy, reward = parameters(decoder, Transformer.full_logits), parameters(scalar)
         ints = lambda *shape: array(shape, jnp.int32)  # noqa: E731
         tokens = TokenBatch(ints(B, T), ints(B, T), ints(B, T), array((B, T), jnp.bool_))
+        groups = lambda width: ScoreBatch(ints(B, width, T), ints(B, width))  # noqa: E731
         collect, update = ppo.make_ppo(
-            decoder, decode, scalar, lambda p, r, _: ppo.rollout_scores(scalar, p, r), optimizer, optimizer,
+            decoder, decode, scalar, lambda p, r, _: ppo.rollout_scores(scalar, p, r), adamw, adamw,
             PPOConfig(rollout_size=B, num_minibatches=2, num_epochs=2, adaptive_kl=True, entropy_coef=0.01),
             max_new_tokens=R, eos_id=2,
         )  # fmt: skip
@@ -77,17 +85,24 @@ def main(data: int, model: int, dtype: str, remat: str, chunk_size: int) -> dict
             array((), jnp.int32), state(policy), state(reward), number, ppo.ScoreStatistics(number, number, number)
         )
         batch = ppo.RLBatch(PromptBatch(ints(B, P), ints(B)))
+        rows, mask = ints(B, P + R), array((B, R), jnp.bool_)
+        behind = Rollout(rows, rows, rows, array((B, R), jnp.float32), mask)
+        with_references = batch._replace(policy_prompts=batch.prompts, references=behind)
+        difference = jax.jit(functools.partial(ppo.difference_scores, scalar))
         experience, _, statistics, _ = jax.eval_shape(collect, ppo_state, policy, reward, batch, key)
         programs = {
-            "sft": (sft.make_train_step(decoder, optimizer, num_targets=32, chunk_size=chunk_size),
-                    state(policy), sft.SFTBatch(tokens)),
-            "r_p": (reward_model.make_train_step(scalar, optimizer, loss="gap"),
-                    state(reward), ScoreBatch(ints(B, 2, T), ints(B, 2))),
-            "r_pit": (reward_model.make_train_step(scalar, optimizer, loss="gap"),
-                      state(reward), ScoreBatch(ints(B, 4, T), ints(B, 4))),
             "ppo_collect": (collect, ppo_state, policy, reward, batch, key),
             "ppo_update": (update, ppo_state, on_mesh(experience), on_mesh(statistics), number, key),
-        }  # fmt: skip
+            "difference_scores": (difference, reward, behind, with_references),
+        }
+        for name, optimizer in made.items():
+            sft_step = sft.make_train_step(decoder, optimizer, num_targets=32, chunk_size=chunk_size)
+            step = reward_model.make_train_step(scalar, optimizer, loss="gap")
+            programs |= {
+                f"sft_{name}": (sft_step, state(policy, optimizer), sft.SFTBatch(tokens)),
+                f"r_p_{name}": (step, state(reward, optimizer), groups(2)),
+                f"r_pit_{name}": (step, state(reward, optimizer), groups(4)),
+            }
         return {
             name: program.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
             for name, (program, *arguments) in programs.items()

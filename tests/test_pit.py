@@ -1,13 +1,34 @@
-"""What the stages of PIT make of rows: M_pre's text, and where y_l stands in it."""
+"""What the stages of PIT make of rows and models: their text, their ids, and which model each of them reads."""
 
 import dataclasses
+import functools
+import re
 import types
 
+import jax
+import numpy as np
 import pytest
 
-from pit_jax.config import PitConfig, PretrainConfig
-from pit_jax.data import encode, synthetic, synthetic_text, templates, tokenizer
+from pit_jax import sampling, sharding
+from pit_jax.config import (
+    DataConfig,
+    ModelConfig,
+    PitConfig,
+    PPOConfig,
+    PretrainConfig,
+    RewardModelConfig,
+    SFTConfig,
+)
+from pit_jax.data import batches, encode, synthetic, synthetic_text, templates, tokenizer
+from pit_jax.evaluation import pit as evaluation
+from pit_jax.learners import ppo
+from pit_jax.metrics import MetricsWriter
+from pit_jax.models.transformer import ScalarModel, Transformer
 from pit_jax.pipelines import pit
+from pit_jax.pipelines.stages import Candidates, Workdir
+from pit_jax.types import GAP_PAIRINGS, PreferenceExample
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +81,335 @@ def test_rows_without_reflection_are_two_plain_rows(rows, encoder):
     row = dataclasses.replace(rows[0], reflection="")
     x = encoder.policy_prompt(row.prompt)
     assert turns(encoder, [row]) == [(x, encoder.response(row.chosen)), (x, encoder.response(row.rejected))]
+
+
+# Ids by hand
+
+
+class WordTokenizer:
+    """One id per word, so that whole rows can be written down: words of templates from 10, x 20, w 21, l 22."""
+
+    vocab_size, pad_id, bos_id, eos_id = 32, 0, 1, 2
+    control_ids = {"<<Candidate>>": 4, "<<Improved>>": 5}
+    words = {"\n": 6, "Human:": 10, "Assistant:": 11, "Improve": 12, "it.": 13, "x": 20, "w": 21, "l": 22, "c": 23}
+
+    def encode(self, text):
+        return [self.words[word] for word in re.findall("|".join(map(re.escape, self.words)), text)]
+
+    def decode(self, ids):
+        names = {i: word for word, i in self.words.items()}
+        return " ".join(names[i] for i in ids).replace(" \n ", "\n")
+
+
+ROW = PreferenceExample(prompt="x", rejected="l", chosen="w")
+# Human: x Assistant: <<Candidate>> y_2 <<Improved>> y_1 EOS: y_2 is the ref_response, y_1 what is scored.
+GAP_ROWS = {
+    ("w", "l"): [1, 10, 20, 11, 4, 22, 5, 21, 2],
+    ("w", "w"): [1, 10, 20, 11, 4, 21, 5, 21, 2],
+    ("l", "l"): [1, 10, 20, 11, 4, 22, 5, 22, 2],
+    ("l", "w"): [1, 10, 20, 11, 4, 21, 5, 22, 2],
+}
+POLICY_ROWS = {"w": [1, 10, 20, 11, 21, 2], "l": [1, 10, 20, 11, 22, 2]}
+
+
+@pytest.fixture(scope="module")
+def words():
+    return encode.make_encoder(WordTokenizer(), DataConfig(prompt_window=4, response_window=4, reflection_window=4))
+
+
+def test_gap_groups_by_hand(words):
+    (group,) = pit.gap_groups(words, [ROW])
+    assert list(group) == [GAP_ROWS[pairing] for pairing in GAP_PAIRINGS]
+
+
+def test_policy_groups_by_hand(words):
+    assert pit.policy_groups(words, [ROW]) == [(POLICY_ROWS["w"], POLICY_ROWS["l"])]
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """(model, groups) of every call of score_groups. A row scores 10 y_1 - y_2, or 10 y without a candidate."""
+    calls = []
+
+    def score_groups(model, params, groups, batch_size=64):
+        assert model == params
+        calls.append((model, [[list(ids) for ids in group] for group in groups]))
+        number = lambda ids: 10.0 * ids[-2] - (ids[5] if 4 in ids else 0.0)  # noqa: E731
+        return np.array([[number(ids) for ids in group] for group in groups], np.float32)
+
+    monkeypatch.setattr(pit, "score_groups", score_groups)
+    monkeypatch.setattr(pit, "model_of", lambda context, stage: stage)
+    monkeypatch.setattr(pit, "load_model", lambda context, stage: stage)
+    return calls
+
+
+def gap_context(encoder, loss):
+    return types.SimpleNamespace(config=PitConfig(r_pit=RewardModelConfig(loss=loss)), encoder=encoder)
+
+
+TRIPLES = [("x", [words_of[y1]], [words_of[y2]]) for words_of in [WordTokenizer.words] for y1, y2 in GAP_PAIRINGS]
+
+
+def test_gap_scores_read_the_gap_form(words, scored):
+    """The four rows are those of gap_groups; with y_w = 21 and y_l = 22, r_gap(w, l) is 210 - 22."""
+    gaps = pit.gap_scores(gap_context(words, "gap"), TRIPLES, pairings=4)
+    assert scored == [("r_pit", [[GAP_ROWS[pairing] for pairing in GAP_PAIRINGS]])]
+    np.testing.assert_array_equal(gaps, [[188, 189, 198, 199]])
+    gaps = pit.gap_scores(gap_context(words, "gap"), TRIPLES, pairings=2)
+    np.testing.assert_array_equal(gaps, [[188, 189], [198, 199]])
+    np.testing.assert_array_equal(pit.gap_scores(gap_context(words, "mse"), TRIPLES[:1]), [[188]])
+
+
+def test_gap_scores_by_a_difference_of_r_p(words, scored):
+    """r(x, y_1) - r(x, y_2): 210 - 220 for (w, l), and 0 where both are one answer."""
+    gaps = pit.gap_scores(gap_context(words, "r_p_difference"), TRIPLES, pairings=4)
+    assert scored == [("r_p", [[POLICY_ROWS[y] for y in pairing] for pairing in GAP_PAIRINGS])]
+    np.testing.assert_array_equal(gaps, [[-10, 0, 0, 10]])
+
+
+@pytest.mark.parametrize("loss", ["gap", "r_p_difference"])
+def test_gap_scores_of_nothing(words, scored, loss):
+    assert pit.gap_scores(gap_context(words, loss), [], pairings=2).shape == (0, 2)
+    assert scored == []
+
+
+def test_response_ids_are_what_stands_before_eos():
+    """EOS is taken off where there is one, padding never was part of it, and id 0 of a response stays."""
+    prompts = batches.prompt_rows([[1, 9], [1], [1, 9, 9]], 3)
+    rollout = sampling.append_ids(prompts, [[7, 0, 8], [], [6, 6, 6, 6]], 4, 2)
+    assert pit.response_ids(rollout, 2) == [[7, 0, 8], [], [6, 6, 6, 6]]
+
+
+# Thoughts
+
+
+def thoughts_context(encoder, chain_of_thought=True, response_window=4):
+    data = DataConfig(response_window=response_window)
+    sft = SFTConfig(chain_of_thought=chain_of_thought)
+    config = PitConfig(data=data, sft_pit=sft, curriculum=())
+    return types.SimpleNamespace(config=config, encoder=encoder)
+
+
+def test_a_response_behind_its_thoughts_by_hand(words):
+    c, line, w, l = (WordTokenizer.words[word] for word in ("c", "\n", "w", "l"))
+    read = functools.partial(evaluation._without_thoughts, thoughts_context(words))
+    assert read([c, c, line, w, l]) == [w, l]
+    assert read([c, line, w, line, l]) == [w, line, l], "further line breaks are the response's own"
+    assert read([c, line, w, l, w, l, w, l]) == [w, l, w, l], "it ends at the window of 4"
+    assert read([c, c, w]) == [c, c, w], "without a line break there are no thoughts"
+    assert read([w, l, w, l, c]) == [w, l, w, l]
+    plain = thoughts_context(words, chain_of_thought=False)
+    assert evaluation._without_thoughts(plain, [c, line, w, l, w, l]) == [c, line, w, l, w, l]
+
+
+def test_the_target_of_the_sft_is_read_back(rows, encoder):
+    """What appendix K's SFT learns, c, a line break and y_w, gives y_w."""
+    context = thoughts_context(encoder, response_window=64)
+    for row in rows:
+        learnt = encoder.response(f"{row.reflection}\n{row.chosen}")[:-1]
+        assert evaluation._without_thoughts(context, learnt) == encoder.response(row.chosen)[:-1]
+
+
+# Models: each stage's sizes are its own, so that a wrong one is seen
+
+SIZES = ModelConfig(num_layers=1, d_model=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=16)
+POLICY, PIT, REWARD = (dataclasses.replace(SIZES, d_model=d) for d in (16, 24, 32))
+
+
+def make_context(root, encoder, rows=(), **fields):
+    """A context whose policy, M_PIT and reward models are 16, 24 and 32 wide."""
+    config = PitConfig(
+        data=DataConfig(prompt_window=48, response_window=32),
+        policy_model=POLICY,
+        pit_model=PIT,
+        reward_model=REWARD,
+        **fields,
+    )
+    encoder = dataclasses.replace(encoder, prompt_window=48, response_window=32)
+    workdir = Workdir(root / "w", config)
+    splits = {"sft": list(rows), "rm": list(rows), "rl": list(rows), "selection": list(rows)}
+    return pit.Context(config, workdir, MetricsWriter(workdir.root), rows=splits, encoder=encoder)
+
+
+def filled(context, stage, value):
+    """Parameters of a stage that all are one number, by which they are known again."""
+    spec = lambda x: x.sharding.spec if x.sharding else jax.P()  # noqa: E731
+    full = lambda x: jax.device_put(np.full(x.shape, value, x.dtype), spec(x))  # noqa: E731
+    return jax.tree.map(full, pit.shapes(pit.model_of(context, stage)))
+
+
+def mark(params):
+    """The number of `filled`."""
+    (value,) = {float(v) for x in jax.tree.leaves(params) for v in np.unique(x)}
+    return value
+
+
+def test_model_of_every_stage(tmp_path, encoder):
+    curriculum, arms = ("data", "policy", "pit"), ("second_rl_only", "longer_sft")
+    context = make_context(tmp_path, encoder, curriculum=curriculum, arms=arms)
+    expected = {
+        "sft_policy": (Transformer, 16),
+        "sft_pit": (Transformer, 24),
+        "r_p": (ScalarModel, 32),
+        "r_pit": (ScalarModel, 32),
+        "evaluator": (ScalarModel, 32),
+        "rl_policy": (Transformer, 16),
+        "rl_pit_1": (Transformer, 24),
+        "rl_pit_2": (Transformer, 24),
+        "rl_pit_3": (Transformer, 24),
+        "arm_second_rl_only": (Transformer, 24),
+        "arm_longer_sft": (Transformer, 16),
+    }
+    trained = set(pit.stage_names(context.config)) - {"data", "evaluate"}
+    assert set(expected) == {name for name in trained if not name.startswith("pretrain")}
+    for stage, (kind, width) in expected.items():
+        model = pit.model_of(context, stage)
+        assert (type(model), model.config.d_model) == (kind, width), stage
+        assert model.config.vocab_size == batches.round_up(encoder.tokenizer.vocab_size, 128)
+
+
+def test_ppo_scores_the_row_that_r_pit_was_trained_on(tmp_path, rows, encoder):
+    """PIT prompt, response and EOS: the same ids, and the same score though the padding lies elsewhere."""
+    context = make_context(tmp_path, encoder)
+    ids = lambda text: encoder.response(text)[:-1]  # noqa: E731
+    answers = {"w": lambda r: r.chosen, "l": lambda r: r.rejected}
+    model = pit.model_of(context, "r_pit")
+    params = jax.tree.map(lambda x: 3 * x, pit.init_params(model, jax.random.key(1)))
+    groups = pit.gap_groups(encoder, rows[:4])
+    expected = pit.score_groups(model, params, groups, batch_size=4)
+    assert np.std(expected) > 0.1
+    scores = jax.jit(functools.partial(ppo.rollout_scores, model))
+    for i, (y1, y2) in enumerate(GAP_PAIRINGS):
+        prompts = [encoder.pit_prompt(r.prompt, ids(answers[y2](r))) for r in rows[:4]]
+        arrays = batches.prompt_rows(prompts, batches.round_up(context.encoder.pit_window))
+        responses = [ids(answers[y1](r)) for r in rows[:4]]
+        rollout = sampling.append_ids(arrays, responses, 32, encoder.tokenizer.eos_id)
+        for row, real, group in zip(rollout.tokens, rollout.segments > 0, groups, strict=True):
+            assert list(row[real]) == group[i]
+        got = scores(params, sharding.shard_batch(rollout))
+        np.testing.assert_allclose(got, expected[:, i], rtol=1e-4, atol=1e-5)
+
+
+# References
+
+
+def test_references_of_the_data_are_both_answers(tmp_path, rows, encoder):
+    context = make_context(tmp_path, encoder)
+    references = pit.References(context, "data", "sft_pit")
+    asked = [rows[0], rows[0], rows[1]]
+    got = references(asked, [False, True, True], jax.random.key(0), 0)
+    texts = (rows[0].rejected, rows[0].chosen, rows[1].chosen)
+    assert got == [encoder.tokenizer.encode(text) for text in texts]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Every call of pit.sample: (d_model, mark, prompts, key, rest); it answers with one id per call and row."""
+    calls = []
+
+    def sample(model, params, prompts, key, **rest):
+        calls.append((model.config.d_model, mark(params), prompts, tuple(jax.random.key_data(key)), rest))
+        return [[100 * len(calls) + i] for i in range(len(prompts))]
+
+    monkeypatch.setattr(pit, "sample", sample)
+    return calls
+
+
+def rl_context(root, encoder, rows, temperature=0.5):
+    """A context in which M_P^RL is marked 5 and M_PIT of the second round 7."""
+    context = make_context(root, encoder, rows, ppo_pit=PPOConfig(temperature=temperature))
+    for stage, value in (("rl_policy", 5.0), ("rl_pit_1", 6.0), ("rl_pit_2", 7.0)):
+        context.workdir.save_model(stage, filled(context, stage, value))
+    return context
+
+
+def test_references_of_the_policy(tmp_path, rows, encoder, drawn):
+    """M_P^RL is asked for x in its own form, at the temperature of the round, for a response window."""
+    context = rl_context(tmp_path, encoder, rows)
+    key = jax.random.key(3)
+    got = pit.References(context, "policy", "rl_pit_2")(rows[:2], [False, True], key, 1)
+    assert got == [[100], [101]]
+    ((width, value, prompts, used, rest),) = drawn
+    assert (width, value) == (16, 5.0)
+    assert prompts == [encoder.policy_prompt(r.prompt) for r in rows[:2]]
+    assert used == tuple(jax.random.key_data(key))
+    assert (rest["settings"].temperature, rest["settings"].max_new_tokens) == (0.5, 32)
+    assert (rest["window"], rest["eos_id"]) == (context.encoder.policy_window, encoder.tokenizer.eos_id)
+
+
+def test_references_of_pit_improve_the_policys(tmp_path, rows, encoder, drawn):
+    """M_PIT of the round before, named by the caller, reads M_P^RL's answer; the noise of the two is not shared."""
+    context = rl_context(tmp_path, encoder, rows)
+    got = pit.References(context, "pit", "rl_pit_2")(rows[:2], [False, False], jax.random.key(3), 0)
+    assert got == [[200], [201]]
+    (width, value, prompts, used, _), (pit_width, pit_value, pit_prompts, pit_used, rest) = drawn
+    assert ((width, value), (pit_width, pit_value)) == ((16, 5.0), (24, 7.0))
+    assert prompts == [encoder.policy_prompt(r.prompt) for r in rows[:2]]
+    assert pit_prompts == [encoder.pit_prompt(r.prompt, y) for r, y in zip(rows[:2], ([100], [101]), strict=True)]
+    assert used != pit_used
+    assert rest["window"] == context.encoder.pit_window
+
+
+@pytest.mark.parametrize(("saved", "in_turn"), [((0, 10, 20, 30), (10, 20, 10)), ((0, 10), (0, 10, 0))])
+def test_references_of_checkpoints_come_in_turn(tmp_path, rows, encoder, drawn, saved, in_turn):
+    """Intermediate ones, neither the first nor the last; where there are none of these, all."""
+    context = rl_context(tmp_path, encoder, rows)
+    candidates = Candidates(context.workdir.candidates("rl_policy"))
+    for step in saved:
+        candidates.add(step, filled(context, "rl_policy", float(step)), {"score": 0.0})
+    references = pit.References(context, "policy_checkpoint", "sft_pit")
+    for turn in range(3):
+        references(rows[:2], [False, False], jax.random.key(0), turn)
+    assert [(width, value) for width, value, *_ in drawn] == [(16, float(step)) for step in in_turn]
+
+
+def test_references_are_a_function_of_the_key(tmp_path, rows, encoder):
+    """Random models: one answer per row, the same from the same key and another from another."""
+    context = make_context(tmp_path, encoder, rows)
+    for stage, seed in (("rl_policy", 0), ("sft_pit", 1)):
+        params = pit.init_params(pit.model_of(context, stage), jax.random.key(seed))
+        context.workdir.save_model(stage, params)
+    for source in ("policy", "pit"):
+        references = pit.References(context, source, "sft_pit")
+        ask = lambda seed: references(rows[:4], [False] * 4, jax.random.key(seed), 0)  # noqa: B023, E731
+        first = ask(0)
+        assert len(first) == 4 and all(0 < len(y) <= 32 for y in first)
+        assert ask(0) == first != ask(1)
+
+
+# Choice of a reward model
+
+
+@pytest.mark.parametrize(
+    ("stage", "shares", "chosen"),
+    [
+        ("r_p", [0.25, 0.75, 0.5, 0.75, 0.5], 3),  # of equal accuracies, the later
+        ("r_p", [1.0, 0.75, 0.5, 0.75, 0.5], 0),
+        ("r_pit", [0.25, 0.5, 1.0, 0.5, 0.0], 2),
+    ],
+)
+def test_the_best_reward_model_is_kept(tmp_path, rows, encoder, monkeypatch, stage, shares, chosen):
+    """Step k adds 1 to every parameter, so a model tells after which step it was taken. Four selection rows."""
+    settings = RewardModelConfig(num_steps=4, eval_every=1, batch_size=2)
+    context = make_context(tmp_path, encoder, rows[:4], r_p=settings, r_pit=settings)
+    backbone = filled(context, stage, 0.0)["params"]["backbone"]
+    context.workdir.save_model("pretrain_reward", {"params": backbone})
+    measured = iter(shares)
+
+    def score_groups(model, params, groups, batch_size=64):
+        scores = np.full((len(groups), 2 if stage == "r_p" else 4), 0.5)  # (w, w) and (l, l) decide nothing
+        right = np.arange(len(groups)) < next(measured) * len(groups)
+        scores[:, 0], scores[:, -1] = right, ~right
+        return scores
+
+    def make_train_step(*args, **settings):
+        add = lambda state: state._replace(params=jax.tree.map(lambda x: x + 1, state.params))  # noqa: E731
+        return lambda state, batch: (add(state), {"loss": (np.float32(1.0), np.float32(1.0))})
+
+    monkeypatch.setattr(pit, "score_groups", score_groups)
+    monkeypatch.setattr(pit.reward_model, "make_train_step", make_train_step)
+    record = pit.stage_functions(context)[stage]()
+    assert (record["chosen_step"], record["selection_accuracy"]) == (chosen, shares[chosen])
+    left = pit.load_model(context, stage)["params"]
+    assert mark(left["backbone"]) == mark(left["bias"]) == chosen
+    assert next(measured, None) is None, "it was measured before the first step and after each"

@@ -1,4 +1,4 @@
-"""The decoder: who sees whom, the KV cache, packing, rotary positions, and what its parameters are."""
+"""The decoder: a forward pass in NumPy, who sees whom, the KV cache, packing, rotary positions, its parameters."""
 
 import dataclasses
 import functools
@@ -65,6 +65,54 @@ def hidden_of(model, params, arrays):
 @functools.partial(jax.jit, static_argnums=0)
 def logits_of(model, params, *arrays):
     return model.apply(params, *arrays, method=Transformer.full_logits)
+
+
+def numpy_logits(c, params, tokens):
+    """Logits [T, V] of one row in float64, head by head: the architecture written a second time."""
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params["params"])
+    length, half = len(tokens), c.head_dim // 2
+    norm = lambda x, scale: x / np.sqrt(np.mean(x**2, -1, keepdims=True) + c.norm_epsilon) * scale  # noqa: E731
+    # Entries i and i + H/2 of a head are one complex number, which position t turns by t * theta^(-i / (H/2)).
+    turn = np.exp(1j * np.outer(np.arange(length), c.rope_theta ** (-np.arange(half) / half)))
+
+    def rotated(x):
+        z = (x[:, :half] + 1j * x[:, half:]) * turn
+        return np.concatenate([z.real, z.imag], -1)
+
+    x = p["embedding"][tokens] * np.sqrt(c.d_model)
+    for i in range(c.num_layers):
+        w = {name: value[i] for name, value in p["layers"].items() if not name.endswith("norm")}
+        y = norm(x, p["layers"]["attention_norm"]["scale"][i])
+        heads = np.zeros_like(x)
+        for n in range(c.num_heads):
+            shared, own = divmod(n, c.num_heads // c.num_kv_heads)
+            q, k = rotated(y @ w["q"][:, shared, own]), rotated(y @ w["k"][:, shared])
+            scores = np.where(np.tri(length, dtype=bool), q @ k.T / np.sqrt(c.head_dim), -np.inf)
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            weights /= weights.sum(-1, keepdims=True)
+            heads += weights @ (y @ w["v"][:, shared]) @ w["o"][shared, own]
+        x = x + heads
+        y = norm(x, p["layers"]["mlp_norm"]["scale"][i])
+        gate = y @ w["gate"]
+        x = x + (gate / (1 + np.exp(-gate)) * (y @ w["up"])) @ w["down"]
+    table = p["embedding"] if c.tie_embeddings else p["unembedding"]
+    return norm(x, p["norm"]["scale"]) @ table.T
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_equal_a_forward_pass_in_numpy(tied):
+    """Every size its own, epsilon and theta large enough to show, and no scale of a norm at its start of 1."""
+    config = ModelConfig(
+        vocab_size=32, num_layers=2, d_model=16, num_heads=6, num_kv_heads=2, head_dim=8, mlp_dim=24,
+        rope_theta=50.0, norm_epsilon=1e-2, tie_embeddings=tied,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    model, params = made(config)
+    params = jax.tree.map(lambda x: x * rng.uniform(0.5, 1.5, x.shape).astype(np.float32), params)
+    tokens = rng.integers(0, 32, (3, 9))
+    expected = np.stack([numpy_logits(config, params, row) for row in tokens])
+    assert 1.0 < np.std(expected) < 100.0
+    np.testing.assert_allclose(logits_of(model, params, *plain(tokens)), expected, rtol=1e-4, atol=1e-5)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("num_targets", "chunk_size"))
