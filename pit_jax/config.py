@@ -186,7 +186,8 @@ class PPOConfig:
     policy_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5)
     value_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5)
     num_iterations: int = 100
-    rollout_size: int = 128  # prompts per iteration
+    rollout_size: int = 128  # answers per iteration
+    samples_per_prompt: int = 1  # above 1: each score is taken relative to the mean of the prompt's other answers
     num_epochs: int = 4
     num_minibatches: int = 4
     temperature: float = 1.0
@@ -219,6 +220,11 @@ class PPOConfig:
             "than the one that was sampled. Set top_k=0 and top_p=1.0.",
         )
         _positive(self, "num_iterations", "rollout_size", "num_epochs", "num_minibatches", "eval_every", "save_every")
+        _positive(self, "samples_per_prompt")
+        _check(
+            self.rollout_size % self.samples_per_prompt == 0,
+            f"rollout_size={self.rollout_size} must be a multiple of samples_per_prompt={self.samples_per_prompt}",
+        )
         _check(
             self.rollout_size % self.num_minibatches == 0,
             f"rollout_size={self.rollout_size} must be a multiple of num_minibatches={self.num_minibatches}",

@@ -77,7 +77,10 @@ def main(data: int, model: int, dtype: str, remat: str, chunk_size: int) -> dict
         groups = lambda width: ScoreBatch(ints(B, width, T), ints(B, width))  # noqa: E731
         collect, update = ppo.make_ppo(
             decoder, decode, scalar, lambda p, r, _: ppo.rollout_scores(scalar, p, r), adamw, adamw,
-            PPOConfig(rollout_size=B, num_minibatches=2, num_epochs=2, adaptive_kl=True, entropy_coef=0.01),
+            PPOConfig(
+                rollout_size=B, samples_per_prompt=4, num_minibatches=2, num_epochs=2,
+                adaptive_kl=True, entropy_coef=0.01,
+            ),
             max_new_tokens=R, eos_id=2,
         )  # fmt: skip
         number = array((), jnp.float32)

@@ -154,6 +154,16 @@ def test_accumulation_of_the_ppo_losses():
         assert_close(compute(initial(module), batch, 4), compute(initial(module), batch, 1))
 
 
+def test_scores_relative_to_the_other_answers_by_hand():
+    scores = jnp.array([1.0, 2.0, 3.0, 6.0, 0.0, 0.0, 4.0, 0.0])
+    # The others' means: 11/3, 10/3, 9/3, 6/3; 4/3, 4/3, 0, 4/3.
+    expected = [-8 / 3, -4 / 3, 0.0, 4.0, -4 / 3, -4 / 3, 4.0, -4 / 3]
+    np.testing.assert_allclose(ppo.relative_scores(scores, 4), expected, rtol=1e-6)
+    np.testing.assert_array_equal(ppo.relative_scores(scores, 1), scores)
+    shared = jnp.repeat(jnp.array([8.0, -64.0]), 4)  # what all answers to a prompt share plays no part
+    np.testing.assert_allclose(ppo.relative_scores(scores + shared, 4), expected, rtol=1e-5)
+
+
 def test_the_name_of_a_loss_chooses_it():
     """Equation 2 and the options of appendix C by hand; a group of two is R_P's whatever the name."""
     wl, ww, ll, lw = scores = (1.0, 0.5, -1.0, -1.5)

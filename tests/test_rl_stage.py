@@ -192,6 +192,12 @@ def test_a_round_on_the_policy_reads_every_prompt_once(run, collected):
     assert of_policy == [e.policy_prompt(r.prompt) for r in ROWS]
 
 
+def test_the_answers_to_one_prompt_stand_together_and_share_its_ref_response(run, collected):
+    run("rl_pit_1", rollout_size=8, samples_per_prompt=4, num_iterations=1)
+    prompts = unpadded(collected.seen[1].batch.prompts)
+    assert prompts[:4] == [prompts[0]] * 4 and prompts[4:] == [prompts[4]] * 4 and prompts[0] != prompts[4]
+
+
 def test_candidates_are_measured_on_the_same_selection_rows(run, collected):
     """Three rows for a rollout of 8 come again and again, with y_l and y_w in alternation."""
     _, context = run("rl_pit_1", num_iterations=2)

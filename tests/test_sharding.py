@@ -101,7 +101,7 @@ def test_accumulation_on_a_mesh(name):
 @functools.cache
 def ppo_iteration(shape):
     """What an iteration of PPO gives on a mesh."""
-    settings = PPOConfig(rollout_size=16, num_epochs=1, num_minibatches=2, temperature=0.7)
+    settings = PPOConfig(rollout_size=16, samples_per_prompt=4, num_epochs=1, num_minibatches=2, temperature=0.7)
     score = lambda params, rollout, _: ppo.rollout_scores(SCORER, params, rollout)  # noqa: E731
     with mesh_of(*shape):
         optimizer = optax.sgd(0.5)

@@ -127,6 +127,25 @@ def difference_scores(model: ScalarModel, params: Params, rollout: Rollout, batc
     return rollout_scores(model, params, answers) - rollout_scores(model, params, batch.references)
 
 
+def relative_scores(scores: Array, samples_per_prompt: int) -> Array:
+    """Scores [B] less the mean score of the other answers to the same prompt; as they are for one answer per prompt.
+
+    The others' mean does not depend on the answer itself, so it is a baseline: it leaves the expected gradient of
+    Equations 3 to 5 as it is and takes out what all answers to a prompt share. A gap reward shares much: r_gap(x, y,
+    y_ref) differs far more between good and bad y_ref than between the answers y to one of them.
+
+    Args:
+      scores: [B], the answers to a prompt one after the other.
+      samples_per_prompt: answers per prompt, a divisor of B.
+    """
+    if samples_per_prompt == 1:
+        return scores
+    # One number per row: every device takes all of them, as a prompt's answers may lie on several.
+    groups = jax.sharding.reshard(scores, jax.P(None)).reshape(-1, samples_per_prompt)
+    others = (jnp.sum(groups, axis=1, keepdims=True) - groups) / (samples_per_prompt - 1)
+    return jax.sharding.reshard((groups - others).reshape(scores.shape), jax.typeof(scores).sharding.spec)
+
+
 def update_statistics(statistics: ScoreStatistics, scores: Array) -> ScoreStatistics:
     """Adds a batch of scores [B] to the running mean and variance."""
     count = jnp.float32(scores.shape[0])
@@ -184,10 +203,10 @@ def make_ppo(
         kl = adv.kl_estimate(rollout.log_probs, ref_log_probs, kind=config.kl_estimator) * mask
         # 3. Scores, less a penalty where no EOS came; running statistics bring them to unit scale.
         raw = score(reward_params, rollout, batch)
-        statistics = update_statistics(state.scores, raw)
-        reward = raw
+        reward = relative_scores(raw, config.samples_per_prompt)
+        statistics = update_statistics(state.scores, reward)
         if config.normalize_scores:
-            reward = (raw - statistics.mean) / jnp.sqrt(statistics.variance + 1e-6)
+            reward = (reward - statistics.mean) / jnp.sqrt(statistics.variance + 1e-6)
         ended = jnp.any((rollout.tokens[:, -max_new_tokens:] == eos_id) & mask, axis=1)
         reward = reward - config.missing_eos_penalty * (1.0 - ended)
         # 4. Reward per token: -beta * KL, and the score at the last one.

@@ -624,8 +624,10 @@ def rl_stage(context: Context, stage: str, settings: PPOConfig, start: str, refe
         max_new_tokens=config.data.response_window, eos_id=e.tokenizer.eos_id,
     )  # fmt: skip
 
-    def batch_of(chosen_rows, use_chosen, key, turn) -> TextBatch:
-        refs = () if references is None else references(chosen_rows, use_chosen, key, turn)
+    def batch_of(chosen_rows, use_chosen, key, turn, copies=1) -> TextBatch:
+        repeat = lambda values: [value for value in values for _ in range(copies)]  # noqa: E731
+        refs = () if references is None else repeat(references(chosen_rows, use_chosen, key, turn))
+        chosen_rows = repeat(chosen_rows)
         plain = [e.policy_prompt(r.prompt) for r in chosen_rows]
         pit_form = [e.pit_prompt(r.prompt, y) for r, y in zip(chosen_rows, refs, strict=False)]
         arrays = ppo.RLBatch(batches.prompt_rows(pit_form or plain, batches.round_up(window)))
@@ -636,9 +638,11 @@ def rl_stage(context: Context, stage: str, settings: PPOConfig, start: str, refe
         return TextBatch(sharding.shard_batch(arrays), tuple(chosen_rows), tuple(map(tuple, refs)))
 
     def batch_at(step: int) -> TextBatch:
-        numbers = batches.row_numbers(len(rows) * num_uses, settings.rollout_size, step, seed_of(config, stage))
+        num_prompts = settings.rollout_size // settings.samples_per_prompt
+        numbers = batches.row_numbers(len(rows) * num_uses, num_prompts, step, seed_of(config, stage))
         sampled = jax.random.fold_in(key_of(config, f"{stage}/references"), step)
-        return batch_of([rows[n // num_uses] for n in numbers], [n % num_uses == 1 for n in numbers], sampled, step)
+        chosen_rows, use_chosen = [rows[n // num_uses] for n in numbers], [n % num_uses == 1 for n in numbers]
+        return batch_of(chosen_rows, use_chosen, sampled, step, settings.samples_per_prompt)
 
     held = [context.rows["selection"][i % len(context.rows["selection"])] for i in range(settings.rollout_size)]
     validation = batch_of(held, [i % 2 == 1 for i in range(len(held))], key_of(config, f"{stage}/selection"), 0)
