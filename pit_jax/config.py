@@ -26,7 +26,7 @@ def _positive(config: Any, *fields: str) -> None:
 
 
 ARMS = ("second_rl_only", "longer_sft")
-"""Arms of Table 2 that need training of their own; First RL only is the first round of the curriculum."""
+"""Second RL only of Table 2 (First RL only is the curriculum's first round), and M_P by the settings of M_PIT's SFT."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,7 +46,8 @@ def main(argv: list[str]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"stopped; the same command goes on from the last checkpoint in {workdir}", file=sys.stderr)
+        again = ", without --redo," if _REDO.value else ""  # which would delete what was just trained
+        print(f"stopped; the same command{again} goes on from the last checkpoint in {workdir}", file=sys.stderr)
         sys.exit(130)
     if tables.exists() and _STAGE.value in (None, "evaluate"):
         finished = tables.stat().st_mtime_ns == written

@@ -60,7 +60,8 @@ def test_muon_leaves_embeddings_and_norms_to_adam(muon):
     """NAdam's first update, m = 0.1 g: lr (0.9 m / (1 - 0.9^2) + 0.1 g / (1 - 0.9)) / |g|."""
     expected = 0.1 * (0.9 * 0.1 / (1 - 0.9**2) + 1)
     for update in (muon["embedding"], muon["norm"]["scale"], muon["layers"]["mlp_norm"]["scale"]):
-        np.testing.assert_allclose(np.abs(update), expected, rtol=1e-5)
+        # Roundings of float32: of m, of its corrections and of the square root.
+        np.testing.assert_allclose(np.abs(update), expected, rtol=5e-6)
 
 
 @pytest.mark.parametrize("shape", [(2, 1), (1, 2), (4, 2)])
@@ -88,7 +89,7 @@ def test_schedules_by_hand():
     assert float(cosine(0)) == pytest.approx(0.5) and float(cosine(1)) == pytest.approx(1.0)
     assert float(cosine(6)) == pytest.approx(0.5) and float(cosine(10)) == pytest.approx(0.0, abs=1e-6)
     linear = at(schedule="linear")
-    np.testing.assert_allclose([float(linear(i)) for i in (0, 5, 10)], [1.0, 0.5, 0.0], rtol=0, atol=1e-7)
+    assert [float(linear(i)) for i in (0, 5, 10)] == [1.0, 0.5, 0.0]
     assert float(at()(7)) == 1.0
 
 

@@ -287,7 +287,8 @@ def test_ppo_scores_the_row_that_r_pit_was_trained_on(tmp_path, rows, encoder):
         for row, real, group in zip(rollout.tokens, rollout.segments > 0, groups, strict=True):
             assert list(row[real]) == group[i]
         got = scores(params, sharding.shard_batch(rollout))
-        np.testing.assert_allclose(got, expected[:, i], rtol=1e-4, atol=1e-5)
+        # Padded on the other side, so float32 sums run in another order.
+        np.testing.assert_allclose(got, expected[:, i], rtol=1e-6, atol=5e-6)
 
 
 # References

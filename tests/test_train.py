@@ -208,6 +208,20 @@ def test_redo_trains_a_stage_and_all_after_it_again(finished, cache, tmp_path):
     assert result.returncode == 0 and contents(workdir) == contents(finished[0]), "back again, bitwise"
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"), [((), "command goes on"), (("--redo=data",), "command, without --redo, goes")]
+)
+def test_who_stops_a_run_is_told_how_it_goes_on(tmp_path, flags, words):
+    """The same command with --redo would delete what was just trained."""
+    program = (
+        "from pit_jax import train",
+        "def stop(*_): raise KeyboardInterrupt",
+        "train.pit.run = stop; train.run()",
+    )
+    result = train(tmp_path / "w", *flags, program=("-c", "\n".join(program)))
+    assert result.returncode == 130 and f"the same {words}" in result.stderr and "Traceback" not in result.stderr
+
+
 def test_another_config_is_refused(finished, cache):
     result = train(finished[0], "--config.ppo.kl_coef=0.5", cache=cache)
     assert result.returncode == 2

@@ -112,7 +112,8 @@ def test_logits_equal_a_forward_pass_in_numpy(tied):
     tokens = rng.integers(0, 32, (3, 9))
     expected = np.stack([numpy_logits(config, params, row) for row in tokens])
     assert 1.0 < np.std(expected) < 100.0
-    np.testing.assert_allclose(logits_of(model, params, *plain(tokens)), expected, rtol=1e-4, atol=1e-5)
+    # float32 against float64: a logit near zero is a difference of larger numbers.
+    np.testing.assert_allclose(logits_of(model, params, *plain(tokens)), expected, rtol=1e-5, atol=1e-5)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("num_targets", "chunk_size"))

@@ -183,7 +183,7 @@ def _answer_statistics(context, answers: Answers, references: Answers, judges) -
     mean = lambda values: float(np.mean(values)) if len(values) else None  # noqa: E731
     statistics = {}
     for name, ys in answers.items():
-        copies = [y == ref for y, ref in zip(ys, references.get(name, []), strict=False)]
+        copies = [y == ref for y, ref in zip(ys, references[name], strict=True)] if name in references else []
         statistics[name] = {
             "tokens": mean([len(y) for y in ys]),
             "copy_rate": mean(copies),

@@ -51,7 +51,8 @@ class Workdir:
                 raise ValueError(
                     f"workdir {self.root} was made with another config:\n  "
                     + "\n  ".join(lines)
-                    + "\nUse another --workdir, or set these fields back."
+                    + "\nUse another --workdir, or set these fields back. Fields that only STAGE and those after it "
+                    "read may change with --redo=STAGE."
                 )
         elif self.root.exists() and not self.root.is_dir():
             raise ValueError(f"--workdir={self.root} is a file, but must be a folder")
