@@ -73,8 +73,13 @@ def shard_batch(batch, rules: AxisRules = RULES):
 
 
 def replicate(tree):
-    """Puts host values on the mesh, whole on every device."""
-    return jax.tree.map(lambda x: jax.device_put(x, P(*[None] * np.ndim(x))), tree)
+    """Arrays, of the host or of the mesh, whole on every device."""
+    return jax.tree.map(lambda x: jax.sharding.reshard(x, P(*[None] * np.ndim(x))), tree)
+
+
+def laid_like(x: jax.Array, other: jax.Array) -> jax.Array:
+    """`x` in the layout of `other`, an array of the same rank."""
+    return jax.sharding.reshard(x, jax.typeof(other).sharding.spec)
 
 
 def gather_weights(params, rules: AxisRules = RULES):

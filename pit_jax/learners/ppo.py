@@ -141,9 +141,9 @@ def relative_scores(scores: Array, samples_per_prompt: int) -> Array:
     if samples_per_prompt == 1:
         return scores
     # One number per row: every device takes all of them, as a prompt's answers may lie on several.
-    groups = jax.sharding.reshard(scores, jax.P(None)).reshape(-1, samples_per_prompt)
+    groups = sharding.replicate(scores).reshape(-1, samples_per_prompt)
     others = (jnp.sum(groups, axis=1, keepdims=True) - groups) / (samples_per_prompt - 1)
-    return jax.sharding.reshard((groups - others).reshape(scores.shape), jax.typeof(scores).sharding.spec)
+    return sharding.laid_like((groups - others).reshape(scores.shape), scores)
 
 
 def update_statistics(statistics: ScoreStatistics, scores: Array) -> ScoreStatistics:
