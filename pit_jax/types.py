@@ -77,17 +77,25 @@ class TokenBatch(NamedTuple):
 
 
 class ScoreBatch(NamedTuple):
-    """Groups of token rows that a reward model scores at their last real token.
+    """Groups of C token rows that a reward model scores at their last token.
 
     R_P: C = 2, index 0 chosen and 1 rejected. R_PIT: C = 4, the pairings of `GAP_PAIRINGS`.
 
+    The rows of a group are one sequence, in which tokens that rows begin alike with stand once: a prompt is read once
+    for all its answers, a candidate once for all that improve it. Scores are those of the rows on their own.
+
     Attributes:
-      tokens: [B, C, T] int32, right-padded.
-      lengths: [B, C] int32.
+      tokens: [B, T] int32, right-padded.
+      positions: [B, T] int32, position of the token within its row.
+      members: [B, T] int32, bit c is set where the token stands in row c; 0 on padding. A token sees those before it
+        that stand in all of its rows.
+      last: [B, C] int32, where in the sequence the last token of each row is.
     """
 
     tokens: Array
-    lengths: Array
+    positions: Array
+    members: Array
+    last: Array
 
 
 GAP_PAIRINGS = (("w", "l"), ("w", "w"), ("l", "l"), ("l", "w"))

@@ -74,7 +74,7 @@ def main(data: int, model: int, dtype: str, remat: str, chunk_size: int) -> dict
         policy, reward = parameters(decoder, Transformer.full_logits), parameters(scalar)
         ints = lambda *shape: array(shape, jnp.int32)  # noqa: E731
         tokens = TokenBatch(ints(B, T), ints(B, T), ints(B, T), array((B, T), jnp.bool_))
-        groups = lambda width: ScoreBatch(ints(B, width, T), ints(B, width))  # noqa: E731
+        groups = lambda width: ScoreBatch(ints(B, T), ints(B, T), ints(B, T), ints(B, width))  # noqa: E731
         collect, update = ppo.make_ppo(
             decoder, decode, scalar, lambda p, r, _: ppo.rollout_scores(scalar, p, r), adamw, adamw,
             PPOConfig(

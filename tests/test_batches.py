@@ -6,7 +6,7 @@ import pytest
 
 from pit_jax import sharding
 from pit_jax.data import batches
-from pit_jax.types import ScoreBatch
+from pit_jax.types import PromptBatch
 
 
 def test_token_rows_by_hand():
@@ -64,17 +64,29 @@ def test_a_row_that_is_too_long_is_an_error():
         batches.token_rows(rows, 4)
     with pytest.raises(ValueError, match="prompt 1 has 3 tokens, more than the window 2"):
         batches.prompt_rows([[1], [1, 2, 3]], 2)
-    with pytest.raises(ValueError, match="row 1 of group 0 has 3 tokens, more than the length 2"):
-        batches.score_rows([([1], [1, 2, 3])], 2)
 
 
-def test_prompt_and_score_rows_by_hand():
+def test_prompt_rows_by_hand():
     prompts = batches.prompt_rows([[1, 5], [1, 6, 7]], 4)
     np.testing.assert_array_equal(prompts.tokens, [[0, 0, 1, 5], [0, 1, 6, 7]])
     np.testing.assert_array_equal(prompts.lengths, [2, 3])
-    scores = batches.score_rows([([1, 5, 2], [1, 2]), ([1], [1, 7, 8])], 3)
-    np.testing.assert_array_equal(scores.tokens, [[[1, 5, 2], [1, 2, 0]], [[1, 0, 0], [1, 7, 8]]])
-    np.testing.assert_array_equal(scores.lengths, [[3, 2], [1, 3]])
+
+
+def test_score_rows_by_hand():
+    """What rows begin alike with stands once; a row goes on from the one that it shares most with."""
+    scores = batches.score_rows([([1, 5, 2], [1, 2]), ([1], [1, 7, 8])], 4)
+    np.testing.assert_array_equal(scores.tokens, [[1, 5, 2, 2], [1, 7, 8, 0]])
+    np.testing.assert_array_equal(scores.positions, [[0, 1, 2, 1], [0, 1, 2, 0]])
+    np.testing.assert_array_equal(scores.members, [[0b11, 0b01, 0b01, 0b10], [0b11, 0b10, 0b10, 0]])
+    np.testing.assert_array_equal(scores.last, [[2, 3], [0, 2]])
+    tree = [[1, 2, 3], [1, 2, 4], [1, 2, 4, 5], [1, 2, 3]]
+    scores = batches.score_rows([tree])
+    np.testing.assert_array_equal(scores.tokens, [[1, 2, 3, 4, 5, 0, 0, 0]])
+    np.testing.assert_array_equal(scores.positions, [[0, 1, 2, 2, 3, 0, 0, 0]])
+    np.testing.assert_array_equal(scores.members, [[0b1111, 0b1111, 0b1001, 0b0110, 0b0100, 0, 0, 0]])
+    np.testing.assert_array_equal(scores.last, [[2, 3, 4, 2]])
+    with pytest.raises(ValueError, match="a group has 32 rows; at most 31 share a sequence"):
+        batches.score_rows([[[1]] * 32])
 
 
 @pytest.mark.parametrize(("num_rows", "batch_size"), [(12, 4), (10, 4), (3, 8)])
@@ -106,7 +118,7 @@ def test_hosts_are_disjoint_and_complete():
 @pytest.mark.usefixtures("one_device")
 def test_batch_at_is_pure():
     """Whatever was read before, and in whatever order, a step gives the same rows; it does not write to the arrays."""
-    arrays = ScoreBatch(np.arange(40, dtype=np.int32).reshape(10, 2, 2), np.arange(20, dtype=np.int32).reshape(10, 2))
+    arrays = PromptBatch(np.arange(40, dtype=np.int32).reshape(10, 4), 2 * np.arange(10, dtype=np.int32))
     before = jax.tree.map(np.copy, arrays)
     forward = [batches.make_batch_at(arrays, 4, seed=7)(step) for step in range(6)]
     batch_at = batches.make_batch_at(arrays, 4, seed=7)
@@ -115,11 +127,11 @@ def test_batch_at_is_pure():
             np.testing.assert_array_equal(a, b)
     for a, b in zip(arrays, before, strict=True):
         np.testing.assert_array_equal(a, b)
-    rows = np.concatenate([np.asarray(b.lengths)[:, 0] // 2 for b in forward[:5]])
+    rows = np.concatenate([np.asarray(b.lengths) // 2 for b in forward[:5]])
     assert sorted(rows[:10]) == sorted(rows[10:20]) == list(range(10))
     for batch in forward[:1]:  # rows stay together across the arrays of a batch
-        np.testing.assert_array_equal(np.asarray(batch.tokens)[:, 0, 0] // 4, np.asarray(batch.lengths)[:, 0] // 2)
-        assert jax.typeof(batch.tokens).sharding.spec == sharding.RULES.spec("batch", None, None)
+        np.testing.assert_array_equal(np.asarray(batch.tokens)[:, 0] // 4, np.asarray(batch.lengths) // 2)
+        assert jax.typeof(batch.tokens).sharding.spec == sharding.RULES.spec("batch", None)
 
 
 def test_length_buckets_by_hand():
@@ -135,16 +147,18 @@ def test_score_batches_of_like_length():
     """Nothing is cut off, padding is short, an epoch reads whole batches of different rows, and a step is a step."""
     rng = np.random.default_rng(0)
     groups = [[[i + 1] * n, [i + 1] * max(n - 3, 1)] for i, n in enumerate(rng.integers(2, 90, 101))]
-    data = batches.score_rows(groups, 96)
+    data = batches.score_rows(groups)
+    lengths = np.sum(data.members > 0, axis=1)
     batch_at = batches.make_score_batch_at(data, 8, seed=3)
     seen, padding = [], 0
     for step in range(2 * 12):  # 101 rows: 12 batches of 8, and 5 rows that this epoch leaves out
-        tokens, lengths = (np.asarray(x) for x in batch_at(step))
-        rows = tokens[:, 0, 0] - 1
-        np.testing.assert_array_equal(lengths, data.lengths[rows])
-        np.testing.assert_array_equal(tokens, data.tokens[rows, :, : tokens.shape[2]])
-        assert lengths.max() <= tokens.shape[2]
-        padding += tokens.shape[2] - lengths.mean()
+        batch = jax.tree.map(np.asarray, batch_at(step))
+        rows, length = batch.tokens[:, 0] - 1, batch.tokens.shape[1]
+        for got, whole in zip(batch[:3], data[:3], strict=True):
+            np.testing.assert_array_equal(got, whole[rows, :length])
+        np.testing.assert_array_equal(batch.last, data.last[rows])
+        assert lengths[rows].max() <= length
+        padding += length - lengths[rows].mean()
         seen.append(rows)
     epochs = np.reshape(seen, (2, 96))
     assert all(len(set(epoch)) == 96 for epoch in epochs)
@@ -152,15 +166,15 @@ def test_score_batches_of_like_length():
     assert padding / 24 < 15, "96 - 44 without buckets"
     again = batches.make_score_batch_at(data, 8, seed=3)
     for step in (13, 2):
-        np.testing.assert_array_equal(np.asarray(again(step).tokens)[:, 0, 0] - 1, seen[step])
-    padded = batches.length_buckets(data.lengths.max(1))
+        np.testing.assert_array_equal(np.asarray(again(step).tokens)[:, 0] - 1, seen[step])
+    padded = batches.length_buckets(lengths)
     for step in range(24):  # hosts are disjoint, complete, and of one length
         whole, length = batches.like_length_numbers(padded, 8, step, 3)
         parts = [batches.like_length_numbers(padded, 8, step, 3, host=h, num_hosts=4) for h in range(4)]
         np.testing.assert_array_equal(np.concatenate([rows for rows, _ in parts]), whole)
         assert {other for _, other in parts} == {length}
-    few = batches.make_score_batch_at(batches.score_rows(groups[:3], 96), 8, seed=3)(0)
-    assert set(np.asarray(few.tokens)[:, 0, 0]) == {1, 2, 3}
+    few = batches.make_score_batch_at(batches.score_rows(groups[:3]), 8, seed=3)(0)
+    assert set(np.asarray(few.tokens)[:, 0]) == {1, 2, 3}
 
 
 def test_round_up():

@@ -49,7 +49,7 @@ def likely(seed=0, rows=8):
 
 def groups(width, seed=0, rows=8):
     rng = np.random.default_rng(seed)
-    return batches.score_rows([[[1, *ids(rng, 1, 9)] for _ in range(width)] for _ in range(rows)], 10)
+    return batches.score_rows([[[1, *ids(rng, 1, 9)] for _ in range(width)] for _ in range(rows)])
 
 
 LEARNERS = {
@@ -189,6 +189,33 @@ def test_last_token_by_hand():
     np.testing.assert_array_equal(reward_model.last_token(values, segments, positions), [2, 7, 11])
 
 
+def test_rows_that_share_tokens_score_as_each_on_its_own():
+    """Scores and gradients of groups laid out as trees equal those of their rows one by one."""
+    rng = np.random.default_rng(0)
+    trees = []
+    for _ in range(4):  # x -> {y_w, y_l} -> {y_w, y_l}, as in R_PIT's pairings; the two answers begin alike
+        x, start = [1, *ids(rng, 1, 6)], ids(rng, 0, 3)
+        w, l = [[*start, *ids(rng, 1, 5)] for _ in range(2)]
+        trees.append([[*x, 9, *ref, 10, *y, EOS] for y, ref in ((w, l), (w, w), (l, l), (l, w))])
+    together, alone = batches.score_rows(trees), batches.score_rows([[row] for tree in trees for row in tree])
+    assert np.sum(together.members > 0) < 0.6 * np.sum(alone.members > 0)
+    params = jax.tree.map(lambda x: 2 * x, initial(SCORER))
+    weights = rng.normal(size=(4, 4)).astype(np.float32)
+
+    @jax.jit
+    def scores_and_gradients(batch):
+        summed = lambda p, s: jnp.sum(s(p) * weights.reshape(s(p).shape))  # noqa: E731
+        score = lambda p: reward_model.group_scores(SCORER, p, batch)  # noqa: E731
+        return score(params), jax.grad(summed)(params, score)
+
+    scores, gradient = scores_and_gradients(sharding.shard_batch(together))
+    expected, expected_gradient = scores_and_gradients(sharding.shard_batch(alone))
+    assert np.std(scores) > 0.1
+    np.testing.assert_allclose(scores, np.asarray(expected).reshape(4, 4), rtol=1e-5, atol=1e-5)
+    for got, want in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_scores_do_not_depend_on_the_side_of_the_padding():
     """A rollout (left-padded prompt) scores what the same tokens score in a right-padded group."""
     rng = np.random.default_rng(0)
@@ -198,7 +225,7 @@ def test_scores_do_not_depend_on_the_side_of_the_padding():
     scores = jax.jit(functools.partial(ppo.rollout_scores, SCORER))(params, sharding.shard_batch(rollout))
     rows = [[(p + r + [EOS])[: len(p) + 5]] for p, r in zip(prompts, responses, strict=True)]
     expected = jax.jit(functools.partial(reward_model.group_scores, SCORER))(
-        params, sharding.shard_batch(batches.score_rows(rows, 14))
+        params, sharding.shard_batch(batches.score_rows(rows))
     )
     np.testing.assert_allclose(scores, np.asarray(expected)[:, 0], rtol=1e-4, atol=1e-5)
     assert np.std(scores) > 0.01

@@ -81,17 +81,51 @@ def num_tokens(turns: Turns) -> int:
     return sum(map(len, turns))
 
 
-def score_rows(groups: Sequence[Sequence[Ids]], length: int) -> ScoreBatch:
-    """Groups of C rows for a reward model, right-padded: tokens [len(groups), C, T], lengths [len(groups), C]."""
-    tokens = np.zeros((len(groups), len(groups[0]), length), np.int32)
-    lengths = np.zeros(tokens.shape[:2], np.int32)
+def score_rows(groups: Sequence[Sequence[Ids]], multiple: int = 8) -> ScoreBatch:
+    """Groups of C rows for a reward model; what rows of a group begin alike with is laid out once.
+
+    Args:
+      groups: [N][C] rows of ids; none is empty.
+      multiple: sequences are padded to the next multiple of it behind the longest.
+
+    Returns:
+      ScoreBatch of numpy arrays with leading axis N.
+    """
+    N, C = len(groups), len(groups[0])
+    if C > 31:
+        raise ValueError(f"a group has {C} rows; at most 31 share a sequence")
+    lengths = np.asarray([[len(ids) for ids in group] for group in groups], np.int32)
+    depth = np.arange(lengths.max())
+    rows = np.zeros((N, C, len(depth)), np.int32)
     for i, group in enumerate(groups):
-        for j, ids in enumerate(group):
-            if len(ids) > length:
-                raise ValueError(f"row {j} of group {i} has {len(ids)} tokens, more than the length {length}")
-            tokens[i, j, : len(ids)] = ids
-            lengths[i, j] = len(ids)
-    return ScoreBatch(tokens, lengths)
+        for c, ids in enumerate(group):
+            rows[i, c, : len(ids)] = ids
+
+    # slots[:, c, t]: where token t of row c stands. It is that of the earlier row with the longest like beginning, as
+    # far as that goes, and new slots behind all that are taken from there on.
+    slots = np.zeros_like(rows)
+    taken = np.zeros(N, np.int32)
+    for c in range(C):
+        shared = np.zeros(N, np.int32)
+        for other in range(c):
+            bound = np.minimum(lengths[:, c], lengths[:, other])[:, None]
+            alike = np.logical_and.accumulate((rows[:, c] == rows[:, other]) & (depth < bound), axis=1).sum(1)
+            longer = alike > shared
+            slots[longer, c] = slots[longer, other]
+            shared = np.maximum(shared, alike)
+        new = taken[:, None] + depth - shared[:, None]
+        slots[:, c] = np.where(depth < shared[:, None], slots[:, c], new)
+        taken += lengths[:, c] - shared
+
+    shape = (N, round_up(int(taken.max()), multiple))
+    batch = ScoreBatch(*(np.zeros(shape, np.int32) for _ in range(3)), np.zeros((N, C), np.int32))
+    for c in range(C):
+        i, t = np.nonzero(depth < lengths[:, c, None])
+        at = i, slots[i, c, t]
+        batch.tokens[at], batch.positions[at] = rows[i, c, t], t
+        batch.members[at] |= 1 << c
+        batch.last[:, c] = slots[np.arange(N), c, lengths[:, c] - 1]
+    return batch
 
 
 def prompt_rows(prompts: Sequence[Ids], length: int) -> PromptBatch:
@@ -175,13 +209,14 @@ def like_length_numbers(
 
 def make_score_batch_at(data: ScoreBatch, batch_size: int, seed: int) -> Callable[[int], ScoreBatch]:
     """`batch_at(step)` whose batches hold groups of like length and are cut to it, so that little is padding."""
-    padded = length_buckets(data.lengths.max(1))
+    padded = length_buckets(np.sum(data.members > 0, axis=1))
 
     def batch_at(step: int) -> ScoreBatch:
         rows, length = like_length_numbers(
             padded, batch_size, step, seed, host=jax.process_index(), num_hosts=jax.process_count()
         )
-        return sharding.shard_batch(ScoreBatch(data.tokens[rows, :, :length], data.lengths[rows]))
+        tokens, positions, members = (x[rows, :length] for x in data[:3])
+        return sharding.shard_batch(ScoreBatch(tokens, positions, members, data.last[rows]))
 
     return batch_at
 

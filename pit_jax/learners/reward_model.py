@@ -20,13 +20,11 @@ def last_token(values: Array, segments: Array, positions: Array) -> Array:
 
 
 def group_scores(model: ScalarModel, params: Params, batch: ScoreBatch) -> Array:
-    """Scores [B, C] of groups of right-padded rows, in one forward pass of B * C rows."""
-    B, C, T = batch.tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B * C, T))
-    tokens, lengths = batch.tokens.reshape(B * C, T), batch.lengths.reshape(B * C)
-    segments = (positions < lengths[:, None]).astype(jnp.int32)
-    values = model.apply(params, tokens, segments, positions)
-    return last_token(values, segments, positions).reshape(B, C)
+    """Scores [B, C] of groups of rows, in one forward pass over what the rows of a group share and what they do not."""
+    segments = (batch.members > 0).astype(jnp.int32)
+    values = model.apply(params, batch.tokens, segments, batch.positions, batch.members)
+    is_last = batch.last[:, :, None] == jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)
+    return jnp.sum(jnp.where(is_last, values[:, None, :], 0.0), axis=2)
 
 
 def preference_loss(scores: Array, loss: str) -> tuple[Array, Metrics]:

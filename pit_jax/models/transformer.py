@@ -213,7 +213,14 @@ class Transformer(nn.Module):
         )(c, self.rules)
         self.norm = RMSNorm(c.norm_epsilon, c.dtype)
 
-    def __call__(self, tokens: Array, segments: Array, positions: Array, cache: KVCache | None = None):
+    def __call__(
+        self,
+        tokens: Array,
+        segments: Array,
+        positions: Array,
+        cache: KVCache | None = None,
+        members: Array | None = None,
+    ):
         """Hidden states before the unembedding.
 
         Args:
@@ -221,6 +228,8 @@ class Transformer(nn.Module):
           segments: [B, T] int32; positions attend within their own segment only, 0 is padding.
           positions: [B, T] int32, for the rotary embedding.
           cache: keys and values of earlier tokens; T new ones are written at `cache.index`.
+          members: [B, T] int32 sets of rows as bits, for rows that share what they begin with (`ScoreBatch`): a token
+            attends to those that stand in all of its rows. Not with a cache.
 
         Returns:
           (hidden [B, T, D], the cache with the new tokens, or None).
@@ -234,6 +243,9 @@ class Transformer(nn.Module):
             cache = cache._replace(segments=key_segments)
         causal = query_slot[:, None] >= jnp.arange(key_segments.shape[1])[None, :]
         mask = causal & (segments[:, :, None] == key_segments[:, None, :]) & (key_segments[:, None, :] > 0)
+        if members is not None:
+            assert cache is None, "rows that share tokens are read in one go"
+            mask &= (members[:, :, None] & ~members[:, None, :]) == 0
 
         # The whole table is gathered for the look-up: rows of a table that is sharded over the vocabulary cannot be
         # picked by index without either this or a one-hot product over V.
@@ -269,7 +281,7 @@ class ScalarModel(nn.Module):
         self.head = self.param("head", init, (self.config.d_model,), jnp.float32)
         self.bias = self.param("bias", nn.initializers.zeros, (), jnp.float32)
 
-    def __call__(self, tokens: Array, segments: Array, positions: Array) -> Array:
+    def __call__(self, tokens: Array, segments: Array, positions: Array, members: Array | None = None) -> Array:
         """[B, T] float32."""
-        hidden, _ = self.backbone(tokens, segments, positions)
+        hidden, _ = self.backbone(tokens, segments, positions, members=members)
         return jnp.einsum("btd,d->bt", hidden.astype(jnp.float32), self.head) + self.bias

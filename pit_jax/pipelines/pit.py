@@ -372,8 +372,7 @@ def score_groups(
     """Scores [len(groups), C] of rows of ids, in batches of one shape."""
     if not groups:
         return np.zeros((0, 0), np.float32)
-    length = batches.round_up(max(len(ids) for group in groups for ids in group), 32)
-    data = batches.score_rows(groups, length)
+    data = batches.score_rows(groups, 32)
     out = []
     for start in range(0, len(groups), batch_size):
         rows = np.minimum(np.arange(start, start + batch_size), len(groups) - 1)
@@ -428,7 +427,6 @@ def reward_stage(
         params = {"params": {**params["params"], "backbone": backbone}}
 
     groups = make_groups(e, rows)
-    length = batches.round_up(max(len(ids) for group in groups for ids in group))
     num_steps = settings.num_steps or max(1, round(settings.num_epochs * len(rows) / settings.batch_size))
     optimizer = optimizers.make_optimizer(settings.optimizer, num_steps)
     candidates = Candidates(context.workdir.candidates(stage))
@@ -444,9 +442,7 @@ def reward_stage(
         train_state.create(params, optimizer),
         stage=stage,
         num_steps=num_steps,
-        batch_at=batches.make_score_batch_at(
-            batches.score_rows(groups, length), settings.batch_size, seed_of(config, stage)
-        ),
+        batch_at=batches.make_score_batch_at(batches.score_rows(groups), settings.batch_size, seed_of(config, stage)),
         train_step=reward_model.make_train_step(
             model, optimizer, loss=settings.loss, accumulation=settings.accumulation
         ),
