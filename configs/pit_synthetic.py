@@ -23,7 +23,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     reward = c.RewardModelConfig(
         optimizer=decayed(1e-3, "muon"),
         batch_size=32,
-        num_epochs=1.0,
+        num_epochs=1.5,
         eval_every=90,
         save_every=90,
     )
@@ -42,7 +42,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config = c.PitConfig(
         name="pit_synthetic",
         data=c.DataConfig(
-            size=78_000,  # no row of the reward models' fold is read twice
+            size=78_000,
             num_selection=136,
             num_test=660,
             num_pretrain=48_000,
@@ -65,14 +65,16 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             reward,
             optimizer=decayed(7e-4, "muon"),
             batch_size=16,
-            num_epochs=0.75,
+            num_epochs=1.5,
             start_from="r_p",
             eval_every=180,
             save_every=180,
         ),
         evaluator=dataclasses.replace(reward, num_epochs=0.175),
         ppo=ppo,
-        ppo_pit=dataclasses.replace(ppo, policy_optimizer=decayed(3e-4), num_iterations=20, max_kl=2.0),
+        ppo_pit=dataclasses.replace(
+            ppo, policy_optimizer=decayed(3e-4), num_iterations=20, max_kl=2.0, samples_per_prompt=4
+        ),
         evaluation=c.EvaluationConfig(num_prompts=640, batch_size=128, num_pairs=2),
     )
     if variant == "smoke":
