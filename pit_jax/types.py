@@ -7,10 +7,12 @@ Dimension letters, used in every docstring and einsum of the package:
     K  key/value heads       G  query heads per key/value head (N = K * G)
     H  head width            L  layers                V  vocabulary
     A  gradient accumulation R  response length       P  prompt length
+    C  rows of a group
 
 `segments` [B, T] replaces the usual padding mask everywhere: 0 marks padding, and two positions see each other only
 where their segments are equal, so one integer array serves padding and packing. It comes from lengths, never from
-comparing token ids with PAD: a vocabulary may use one id for EOS and PAD.
+comparing token ids with PAD: a vocabulary may use one id for EOS and PAD. Rows that share what they begin with have
+`members` (`ScoreBatch`) beside it.
 """
 
 import dataclasses

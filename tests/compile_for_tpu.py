@@ -74,7 +74,7 @@ def main(data: int, model: int, dtype: str, remat: str, chunk_size: int) -> dict
         policy, reward = parameters(decoder, Transformer.full_logits), parameters(scalar)
         ints = lambda *shape: array(shape, jnp.int32)  # noqa: E731
         tokens = TokenBatch(ints(B, T), ints(B, T), ints(B, T), array((B, T), jnp.bool_))
-        groups = lambda width: ScoreBatch(ints(B, T), ints(B, T), ints(B, T), ints(B, width))  # noqa: E731
+        groups = lambda C, T: ScoreBatch(ints(B, T), ints(B, T), ints(B, T), ints(B, C))  # noqa: E731
         collect, update = ppo.make_ppo(
             decoder, decode, scalar, lambda p, r, _: ppo.rollout_scores(scalar, p, r), adamw, adamw,
             PPOConfig(
@@ -103,8 +103,8 @@ def main(data: int, model: int, dtype: str, remat: str, chunk_size: int) -> dict
             step = reward_model.make_train_step(scalar, optimizer, loss="gap")
             programs |= {
                 f"sft_{name}": (sft_step, state(policy, optimizer), sft.SFTBatch(tokens)),
-                f"r_p_{name}": (step, state(reward, optimizer), groups(2)),
-                f"r_pit_{name}": (step, state(reward, optimizer), groups(4)),
+                f"r_p_{name}": (step, state(reward, optimizer), groups(2, T)),
+                f"r_pit_{name}": (step, state(reward, optimizer), groups(4, 2 * T)),
             }
         return {
             name: program.lower(*arguments).compile().memory_analysis().temp_size_in_bytes

@@ -173,6 +173,19 @@ def test_gap_scores_of_nothing(words, scored, loss):
     assert scored == []
 
 
+def test_the_evaluator_scores_each_answer_in_its_place(words, scored):
+    """Policy form, one row per answer; with w = 21, l = 22 and c = 23 the scores say which answer it was."""
+    w, l, c = (WordTokenizer.words[word] for word in "wlc")
+    answers = {"original": [[w], [l]], "pit": [[c], [w]], "fresh": [[l], [c]]}
+    scores = evaluation._evaluator_scores(gap_context(words, "gap"), [ROW, ROW], answers)
+    assert scored == [("evaluator", [[[1, 10, 20, 11, y, 2]] for y in (w, l, c, w, l, c)])]
+    assert {name: list(values) for name, values in scores.items()} == {
+        "original": [210, 220],
+        "pit": [230, 210],
+        "fresh": [220, 230],
+    }
+
+
 def test_response_ids_are_what_stands_before_eos():
     """EOS is taken off where there is one, padding never was part of it, and id 0 of a response stays."""
     prompts = batches.prompt_rows([[1, 9], [1], [1, 9, 9]], 3)
@@ -287,7 +300,7 @@ def test_ppo_scores_the_row_that_r_pit_was_trained_on(tmp_path, rows, encoder):
         for row, real, group in zip(rollout.tokens, rollout.segments > 0, groups, strict=True):
             assert list(row[real]) == group[i]
         got = scores(params, sharding.shard_batch(rollout))
-        # Padded on the other side, so float32 sums run in another order.
+        # Padded on the other side, and apart from the rows of its group: float32 sums run in another order.
         np.testing.assert_allclose(got, expected[:, i], rtol=1e-6, atol=5e-6)
 
 

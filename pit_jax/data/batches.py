@@ -62,9 +62,9 @@ def packed_rows(
 
     shape = (len(sequences), length)
     batch = TokenBatch(*(np.zeros(shape, np.int32) for _ in range(3)), np.zeros(shape, np.bool_))
-    for j, members in enumerate(sequences):
+    for j, held in enumerate(sequences):
         end = 0
-        for segment, i in enumerate(members, 1):
+        for segment, i in enumerate(held, 1):
             start = end
             for turn, ids in enumerate(rows[i]):
                 at, end = end, end + len(ids)
@@ -95,7 +95,7 @@ def score_rows(groups: Sequence[Sequence[Ids]], multiple: int = 8) -> ScoreBatch
     if C > 31:
         raise ValueError(f"a group has {C} rows; at most 31 share a sequence")
     lengths = np.asarray([[len(ids) for ids in group] for group in groups], np.int32)
-    depth = np.arange(lengths.max())
+    depth = np.arange(lengths.max(), dtype=np.int32)
     rows = np.zeros((N, C, len(depth)), np.int32)
     for i, group in enumerate(groups):
         for c, ids in enumerate(group):
@@ -109,7 +109,8 @@ def score_rows(groups: Sequence[Sequence[Ids]], multiple: int = 8) -> ScoreBatch
         shared = np.zeros(N, np.int32)
         for other in range(c):
             bound = np.minimum(lengths[:, c], lengths[:, other])[:, None]
-            alike = np.logical_and.accumulate((rows[:, c] == rows[:, other]) & (depth < bound), axis=1).sum(1)
+            alike = np.logical_and.accumulate((rows[:, c] == rows[:, other]) & (depth < bound), axis=1)
+            alike = np.sum(alike, axis=1, dtype=np.int32)
             longer = alike > shared
             slots[longer, c] = slots[longer, other]
             shared = np.maximum(shared, alike)

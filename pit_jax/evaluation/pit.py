@@ -167,9 +167,9 @@ def _evaluator_scores(context, rows, answers) -> dict[str, np.ndarray]:
     e, names = context.encoder, list(answers)
     prompts = [e.policy_prompt(r.prompt) for r in rows]
     form = lambda i, name: [*prompts[i], *answers[name][i], e.tokenizer.eos_id]  # noqa: E731
-    groups = [[form(i, name) for name in names] for i in range(len(rows))]
-    scores = pit.score_groups(*_model(context, "evaluator"), groups, batch_size=32)
-    return {name: scores[:, j] for j, name in enumerate(names)}
+    groups = [[form(i, name)] for name in names for i in range(len(rows))]  # one by one: there may be many names
+    scores = pit.score_groups(*_model(context, "evaluator"), groups, batch_size=256)
+    return dict(zip(names, scores.reshape(len(names), len(rows)), strict=True))
 
 
 def _answer_statistics(context, answers: Answers, references: Answers, judges) -> dict[str, dict]:

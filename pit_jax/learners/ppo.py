@@ -18,7 +18,6 @@ import optax
 
 from pit_jax import sampling, sharding
 from pit_jax.config import PPOConfig, SamplingConfig
-from pit_jax.learners.reward_model import last_token
 from pit_jax.losses import advantages as adv, policy_gradient
 from pit_jax.losses.log_probs import token_log_probs
 from pit_jax.losses.masked import masked_whiten
@@ -28,7 +27,7 @@ from pit_jax.types import Array, Params, PromptBatch, Rollout
 
 
 class ScoreStatistics(NamedTuple):
-    """Running mean and variance of raw scores (Chan et al. 1979), [] float32 each."""
+    """Running mean and variance of scores (Chan et al. 1979), [] float32 each."""
 
     mean: Array
     variance: Array
@@ -42,7 +41,7 @@ class PPOState(NamedTuple):
       step: [] int32, iterations done; the keys of an iteration are folded from it.
       policy, value: parameters and optimizers.
       kl_coef: [] float32, beta; moves under adaptive KL.
-      scores: statistics of the reward model's raw scores.
+      scores: statistics of the scores that it learns from (`relative_scores`).
     """
 
     step: Array
@@ -112,6 +111,13 @@ def response_values(model: ScalarModel, params: Params, rollout: Rollout) -> Arr
     """Values [B, R] of the states in which the response tokens were chosen."""
     R = rollout.response_mask.shape[1]
     return model.apply(params, rollout.tokens, rollout.segments, rollout.positions)[:, -R - 1 : -1]
+
+
+def last_token(values: Array, segments: Array, positions: Array) -> Array:
+    """values [B, T] at the last real token of each row -> [B]; rows may be padded on either side."""
+    length = jnp.sum((segments > 0).astype(jnp.int32), axis=1, keepdims=True)
+    last = (segments > 0) & (positions == length - 1)
+    return jnp.sum(jnp.where(last, values, 0.0), axis=1)
 
 
 def rollout_scores(model: ScalarModel, params: Params, rollout: Rollout) -> Array:
@@ -201,7 +207,8 @@ def make_ppo(
         # 2. Log-probs under the SFT policy, and the KL per token.
         ref_log_probs, _ = read(ref_params, rollout)
         kl = adv.kl_estimate(rollout.log_probs, ref_log_probs, kind=config.kl_estimator) * mask
-        # 3. Scores, less a penalty where no EOS came; running statistics bring them to unit scale.
+        # 3. Scores, relative to the prompt's other answers; running statistics bring them to unit scale; a penalty
+        #    where no EOS came.
         raw = score(reward_params, rollout, batch)
         reward = relative_scores(raw, config.samples_per_prompt)
         statistics = update_statistics(state.scores, reward)

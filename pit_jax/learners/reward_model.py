@@ -12,13 +12,6 @@ from pit_jax.train_state import TrainState, apply_gradients, gradients
 from pit_jax.types import Array, Metrics, Params, ScoreBatch
 
 
-def last_token(values: Array, segments: Array, positions: Array) -> Array:
-    """values [B, T] at the last real token of each row -> [B]; rows may be padded on either side."""
-    length = jnp.sum((segments > 0).astype(jnp.int32), axis=1, keepdims=True)
-    last = (segments > 0) & (positions == length - 1)
-    return jnp.sum(jnp.where(last, values, 0.0), axis=1)
-
-
 def group_scores(model: ScalarModel, params: Params, batch: ScoreBatch) -> Array:
     """Scores [B, C] of groups of rows, in one forward pass over what the rows of a group share and what they do not."""
     segments = (batch.members > 0).astype(jnp.int32)

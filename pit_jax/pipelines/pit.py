@@ -412,7 +412,6 @@ def reward_stage(
     """Trains R_P or R_PIT and keeps the checkpoint with the best accuracy on the selection rows (appendix F)."""
     config, e = context.config, context.encoder
     model = ScalarModel(sized(config.reward_model, e))
-    params = init_params(model, key_of(config, stage))
     if settings.start_from == "r_p":
         params = load_model(context, "r_p")
     else:
@@ -424,6 +423,7 @@ def reward_stage(
                 raise ValueError(f"{stage}.start_from=sft needs config.reward_model equal to the sizes of {source}")
             backbone = load_model(context, source)["params"]
         backbone = {k: v for k, v in backbone.items() if k != "unembedding"}
+        params = init_params(model, key_of(config, stage))
         params = {"params": {**params["params"], "backbone": backbone}}
 
     groups = make_groups(e, rows)
