@@ -341,7 +341,8 @@ def split_off(
         raise DataError(f"num_selection={num_selection} and num_test={num_test} must not be negative")
     if num_selection + num_test >= len(rows):
         raise DataError(
-            f"num_selection={num_selection} and num_test={num_test} leave nothing of {len(rows)} rows for training"
+            f"num_selection={num_selection} and num_test={num_test} leave nothing of {len(rows)} rows for training: "
+            "lower --config.data.num_selection and --config.data.num_test, or give more rows"
         )
     selection, test, training = [], [], []
     for group in _prompt_groups(rows, seed, "split"):
