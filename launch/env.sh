@@ -17,7 +17,7 @@ has_accelerator() {
   return 1
 }
 
-# On a CPU, huge pages for malloc make a training step 1.4 to 1.6 times faster, and JAX need not look for devices.
+# On a CPU, huge pages for malloc make a training step about 1.3 times faster, and JAX need not look for devices.
 if ! has_accelerator; then
   export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
   if [ "$(uname -s)" = Linux ]; then

@@ -85,18 +85,18 @@ def score_rows(groups: Sequence[Sequence[Ids]], multiple: int = 8) -> ScoreBatch
     """Groups of C rows for a reward model; what rows of a group begin alike with is laid out once.
 
     Args:
-      groups: [N][C] rows of ids; none is empty.
+      groups: [groups][C] rows of ids; none is empty.
       multiple: sequences are padded to the next multiple of it behind the longest.
 
     Returns:
-      ScoreBatch of numpy arrays with leading axis N.
+      ScoreBatch of numpy arrays, one sequence per group.
     """
-    N, C = len(groups), len(groups[0])
+    num_groups, C = len(groups), len(groups[0])
     if C > 31:
         raise ValueError(f"a group has {C} rows; at most 31 share a sequence")
     lengths = np.asarray([[len(ids) for ids in group] for group in groups], np.int32)
     depth = np.arange(lengths.max(), dtype=np.int32)
-    rows = np.zeros((N, C, len(depth)), np.int32)
+    rows = np.zeros((num_groups, C, len(depth)), np.int32)
     for i, group in enumerate(groups):
         for c, ids in enumerate(group):
             rows[i, c, : len(ids)] = ids
@@ -104,9 +104,9 @@ def score_rows(groups: Sequence[Sequence[Ids]], multiple: int = 8) -> ScoreBatch
     # slots[:, c, t]: where token t of row c stands. It is that of the earlier row with the longest like beginning, as
     # far as that goes, and new slots behind all that are taken from there on.
     slots = np.zeros_like(rows)
-    taken = np.zeros(N, np.int32)
+    taken = np.zeros(num_groups, np.int32)
     for c in range(C):
-        shared = np.zeros(N, np.int32)
+        shared = np.zeros(num_groups, np.int32)
         for other in range(c):
             bound = np.minimum(lengths[:, c], lengths[:, other])[:, None]
             alike = np.logical_and.accumulate((rows[:, c] == rows[:, other]) & (depth < bound), axis=1)
@@ -118,14 +118,14 @@ def score_rows(groups: Sequence[Sequence[Ids]], multiple: int = 8) -> ScoreBatch
         slots[:, c] = np.where(depth < shared[:, None], slots[:, c], new)
         taken += lengths[:, c] - shared
 
-    shape = (N, round_up(int(taken.max()), multiple))
-    batch = ScoreBatch(*(np.zeros(shape, np.int32) for _ in range(3)), np.zeros((N, C), np.int32))
+    shape = (num_groups, round_up(int(taken.max()), multiple))
+    batch = ScoreBatch(*(np.zeros(shape, np.int32) for _ in range(3)), np.zeros((num_groups, C), np.int32))
     for c in range(C):
         i, t = np.nonzero(depth < lengths[:, c, None])
         at = i, slots[i, c, t]
         batch.tokens[at], batch.positions[at] = rows[i, c, t], t
         batch.members[at] |= 1 << c
-        batch.last[:, c] = slots[np.arange(N), c, lengths[:, c] - 1]
+        batch.last[:, c] = slots[np.arange(num_groups), c, lengths[:, c] - 1]
     return batch
 
 

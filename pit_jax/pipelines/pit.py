@@ -423,8 +423,7 @@ def reward_stage(
                 raise ValueError(f"{stage}.start_from=sft needs config.reward_model equal to the sizes of {source}")
             backbone = load_model(context, source)["params"]
         backbone = {k: v for k, v in backbone.items() if k != "unembedding"}
-        params = init_params(model, key_of(config, stage))
-        params = {"params": {**params["params"], "backbone": backbone}}
+        params = {"params": {**init_params(model, key_of(config, stage))["params"], "backbone": backbone}}
 
     groups = make_groups(e, rows)
     num_steps = settings.num_steps or max(1, round(settings.num_epochs * len(rows) / settings.batch_size))
