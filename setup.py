@@ -32,11 +32,16 @@ REQUIRES = [
 EXTRAS = {
     "tpu": [f"jax[tpu]{JAX}"],
     "cuda": [f"jax[cuda12]{JAX}"],
+    "critic": ["openai>=3,<4"],
+    "report": ["matplotlib>=3.9,<4"],
+    "parity": ["torch>=2.9,<3", "transformers[serving]>=5.20,<6"],
     "test": [
         "pytest>=8,<10",
         "hypothesis>=6.100,<7",
         "ruff>=0.17.5,<0.18",
         "scikit-learn>=1.5,<2",
+        "openai>=3,<4",
+        "matplotlib>=3.9,<4",
         # The TPU compiler, for tests without a TPU. jax[tpu] wants another version: the two extras exclude each other.
         "libtpu==0.0.51; platform_system == 'Linux' and platform_machine == 'x86_64'",
     ],

@@ -25,8 +25,9 @@ def _positive(config: Any, *fields: str) -> None:
         _check(getattr(config, name) > 0, f"{name}={getattr(config, name)} must be above 0")
 
 
-ARMS = ("second_rl_only", "longer_sft")
-"""Second RL only of Table 2 (First RL only is the curriculum's first round), and M_P by the settings of M_PIT's SFT."""
+ARMS = ("second_rl_only", "longer_sft", "pit_sft_cot")
+"""Second RL only of Table 2 (First RL only is the curriculum's first round), M_P by the settings of M_PIT's SFT, and
+M_PIT^SFT with a chain of thought (appendix K)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,7 @@ class DataConfig:
     prompt_window: int = 512  # tokens of x (appendix F: 512 / 512 / 512); longer rows are dropped and counted
     response_window: int = 512  # tokens of y, with EOS
     reflection_window: int = 128  # tokens of c
-    templates: str = ""  # a folder whose policy.txt, pit.txt, reflection.txt and refinement.txt replace the package's
+    templates: str = ""  # a folder with all files of pit_jax/data/templates, which replace the package's
 
     def __post_init__(self):
         _check(self.source in ("synthetic", "file"), f"source is {self.source!r}: use synthetic or file")
@@ -269,7 +270,7 @@ class PitConfig:
     ppo: PPOConfig = PPOConfig()  # M_P, Equation 3
     ppo_pit: PPOConfig = PPOConfig()  # M_PIT, each round of the curriculum
     curriculum: tuple[str, ...] = ("data", "policy")  # sources of ref_response: data, policy, pit, policy_checkpoint
-    arms: tuple[str, ...] = ()  # extra: second_rl_only (Table 2), longer_sft (M_P by the settings of sft_pit)
+    arms: tuple[str, ...] = ()  # extra models for the tables, of ARMS above
     evaluation: EvaluationConfig = EvaluationConfig()
 
     def __post_init__(self):

@@ -65,12 +65,12 @@ def generate(
 ) -> Rollout:
     """Samples one response per prompt.
 
-    The noise of a row depends on `key`, its row number and the step only, so a row does not depend on its batch-mates.
+    The noise of a row depends on its key and the step only, so a row does not depend on its batch-mates.
 
     Args:
       params: of `model`, in the layout of `model.rules` (DECODE_RULES gathers weights once, not once per token).
       prompts: left-padded prompts.
-      key: typed PRNG key.
+      key: typed PRNG key, of which each row takes its own by its number; or one key per row, [B].
       model: the decoder.
       config: sampling settings; temperature 0 is greedy, and log_probs are then those of temperature 1.
       eos_id: ends a response; it is part of the response and of its mask.
@@ -86,7 +86,7 @@ def generate(
     cache = init_cache(model.config, B, P + R, rules)
     hidden, cache = model.apply(params, prompts.tokens, segments, positions, cache)
     logits_of = lambda h: model.apply(params, h, method=Transformer.logits)  # noqa: E731
-    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
+    row_keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
 
     def pick(logits: Array, step: Array) -> tuple[Array, Array]:
         logits = jax.sharding.reshard(logits, rows)  # top_k and argmax want the whole vocabulary of a row

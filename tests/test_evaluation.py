@@ -252,7 +252,7 @@ def test_render_shows_every_number_in_aligned_columns():
     text = tables.render(RESULTS)
     lines = text.splitlines()
     row = next(line for line in lines if line.startswith("pit vs. original") and "verifier" in line)
-    assert row.split() == "pit vs. original verifier 55.47 27.34 17.19 +28.13 [+14.06, +42.19] 128".split()
+    assert row.split() == "pit vs. original verifier 55.47 27.34 17.19 +28.13 [+14.06, +42.19] 128 30.0 12.50".split()
     table = [line for line in lines if " vs. " in line and ("verifier" in line or "evaluator" in line)]
     assert len(table) == 3
     for column in ("verifier", "evaluator"):

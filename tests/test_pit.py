@@ -17,14 +17,14 @@ from pit_jax.config import (
     PPOConfig,
     PretrainConfig,
     RewardModelConfig,
-    SFTConfig,
 )
 from pit_jax.data import batches, encode, synthetic, synthetic_text, templates, tokenizer
-from pit_jax.evaluation import pit as evaluation
+from pit_jax.evaluation import judges, store
 from pit_jax.learners import ppo
 from pit_jax.metrics import MetricsWriter
 from pit_jax.models.transformer import ScalarModel, Transformer
-from pit_jax.pipelines import pit
+from pit_jax.pipelines import improve, pit
+from pit_jax.pipelines.improve import Step
 from pit_jax.pipelines.stages import Candidates, Workdir
 from pit_jax.types import GAP_PAIRINGS, PreferenceExample
 
@@ -152,38 +152,59 @@ TRIPLES = [("x", [words_of[y1]], [words_of[y2]]) for words_of in [WordTokenizer.
 
 def test_gap_scores_read_the_gap_form(words, scored):
     """The four rows are those of gap_groups; with y_w = 21 and y_l = 22, r_gap(w, l) is 210 - 22."""
-    gaps = pit.gap_scores(gap_context(words, "gap"), TRIPLES, pairings=4)
+    score = pit.gap_scorer(gap_context(words, "gap"))
+    gaps = score(TRIPLES, pairings=4)
     assert scored == [("r_pit", [[GAP_ROWS[pairing] for pairing in GAP_PAIRINGS]])]
     np.testing.assert_array_equal(gaps, [[188, 189, 198, 199]])
-    gaps = pit.gap_scores(gap_context(words, "gap"), TRIPLES, pairings=2)
-    np.testing.assert_array_equal(gaps, [[188, 189], [198, 199]])
-    np.testing.assert_array_equal(pit.gap_scores(gap_context(words, "mse"), TRIPLES[:1]), [[188]])
+    np.testing.assert_array_equal(score(TRIPLES, pairings=2), [[188, 189], [198, 199]])
+    np.testing.assert_array_equal(pit.gap_scorer(gap_context(words, "mse"))(TRIPLES[:1]), [[188]])
 
 
 def test_gap_scores_by_a_difference_of_r_p(words, scored):
     """r(x, y_1) - r(x, y_2): 210 - 220 for (w, l), and 0 where both are one answer."""
-    gaps = pit.gap_scores(gap_context(words, "r_p_difference"), TRIPLES, pairings=4)
+    gaps = pit.gap_scorer(gap_context(words, "r_p_difference"))(TRIPLES, pairings=4)
     assert scored == [("r_p", [[POLICY_ROWS[y] for y in pairing] for pairing in GAP_PAIRINGS])]
     np.testing.assert_array_equal(gaps, [[-10, 0, 0, 10]])
 
 
 @pytest.mark.parametrize("loss", ["gap", "r_p_difference"])
 def test_gap_scores_of_nothing(words, scored, loss):
-    assert pit.gap_scores(gap_context(words, loss), [], pairings=2).shape == (0, 2)
+    assert pit.gap_scorer(gap_context(words, loss))([], pairings=2).shape == (0, 2)
     assert scored == []
 
 
-def test_the_evaluator_scores_each_answer_in_its_place(words, scored):
+def answer_set(name, *ids):
+    return store.AnswerSet(name, {"name": name}, [Step((y,)) for y in ids], [str(y) for y in ids], 0.0)
+
+
+@pytest.fixture
+def without_models(monkeypatch):
+    monkeypatch.setattr(judges, "model_digest", lambda context, stage: stage)
+
+
+def test_the_evaluator_scores_each_answer_in_its_place(words, scored, without_models, tmp_path):
     """Policy form, one row per answer; with w = 21, l = 22 and c = 23 the scores say which answer it was."""
     w, l, c = (WordTokenizer.words[word] for word in "wlc")
-    answers = {"original": [[w], [l]], "pit": [[c], [w]], "fresh": [[l], [c]]}
-    scores = evaluation._evaluator_scores(gap_context(words, "gap"), [ROW, ROW], answers)
-    assert scored == [("evaluator", [[[1, 10, 20, 11, y, 2]] for y in (w, l, c, w, l, c)])]
-    assert {name: list(values) for name, values in scores.items()} == {
-        "original": [210, 220],
-        "pit": [230, 210],
-        "fresh": [220, 230],
-    }
+    judge = judges.reward_model_judge(gap_context(words, "gap"), "evaluator", tmp_path, [ROW, ROW])
+    pit_answers, fresh = answer_set("pit", c, w), answer_set("fresh", l, c)
+    assert judge.scores(pit_answers).tolist() == [230, 210]
+    verdicts = judge.compare(pit_answers, fresh)
+    assert verdicts.outcome.tolist() == [1, -1] and verdicts.mask.all()
+    assert scored == [("evaluator", [[[1, 10, 20, 11, y, 2]] for y in ys]) for ys in ((c, w), (l, c))]
+    again = judges.reward_model_judge(gap_context(words, "gap"), "evaluator", tmp_path, [ROW, ROW])
+    assert again.scores(fresh).tolist() == [220, 230] and len(scored) == 2, "scores are kept on disk"
+
+
+def test_r_pit_is_asked_in_both_orders(words, scored, without_models, tmp_path):
+    """score_groups of the fixture gives 10 * y_1 - y_2: the order 22 over 21 is 220 - 21 against 210 - 22."""
+    w, l = (WordTokenizer.words[word] for word in "wl")
+    judge = judges.gap_judge(gap_context(words, "gap"), tmp_path, [ROW, ROW, ROW])
+    first, second = answer_set("first", w, l, w), answer_set("second", l, w, w)
+    assert judge.compare(first, second).outcome.tolist() == [-1, 1, 0]
+    ((stage, groups),) = scored
+    assert stage == "r_pit" and groups[0] == [GAP_ROWS["w", "l"], GAP_ROWS["l", "w"]]
+    assert judge.compare(second, first).outcome.tolist() == [1, -1, 0] and len(scored) == 1, "the same verdicts, turned"
+    assert judge.details(first, second)["gap"] == [188, 199, 189]
 
 
 def test_response_ids_are_what_stands_before_eos():
@@ -196,31 +217,21 @@ def test_response_ids_are_what_stands_before_eos():
 # Thoughts
 
 
-def thoughts_context(encoder, chain_of_thought=True, response_window=4):
-    data = DataConfig(response_window=response_window)
-    sft = SFTConfig(chain_of_thought=chain_of_thought)
-    config = PitConfig(data=data, sft_pit=sft, curriculum=())
-    return types.SimpleNamespace(config=config, encoder=encoder)
-
-
 def test_a_response_behind_its_thoughts_by_hand(words):
     c, line, w, l = (WordTokenizer.words[word] for word in ("c", "\n", "w", "l"))
-    read = functools.partial(evaluation._without_thoughts, thoughts_context(words))
-    assert read([c, c, line, w, l]) == [w, l]
-    assert read([c, line, w, line, l]) == [w, line, l], "further line breaks are the response's own"
-    assert read([c, line, w, l, w, l, w, l]) == [w, l, w, l], "it ends at the window of 4"
-    assert read([c, c, w]) == [c, c, w], "without a line break there are no thoughts"
-    assert read([w, l, w, l, c]) == [w, l, w, l]
-    plain = thoughts_context(words, chain_of_thought=False)
-    assert evaluation._without_thoughts(plain, [c, line, w, l, w, l]) == [c, line, w, l, w, l]
+    read = functools.partial(improve.without_thoughts, dataclasses.replace(words, response_window=4))
+    assert read([c, c, line, w, l]) == (w, l)
+    assert read([c, line, w, line, l]) == (w, line, l), "further line breaks are the response's own"
+    assert read([c, line, w, l, w, l, w, l]) == (w, l, w, l), "it ends at the window of 4"
+    assert read([c, c, w]) == (c, c, w), "without a line break there are no thoughts"
+    assert read([w, l, w, l, c]) == (w, l, w, l)
 
 
 def test_the_target_of_the_sft_is_read_back(rows, encoder):
     """What appendix K's SFT learns, c, a line break and y_w, gives y_w."""
-    context = thoughts_context(encoder, response_window=64)
     for row in rows:
         learnt = encoder.response(f"{row.reflection}\n{row.chosen}")[:-1]
-        assert evaluation._without_thoughts(context, learnt) == encoder.response(row.chosen)[:-1]
+        assert list(improve.without_thoughts(encoder, learnt)) == encoder.response(row.chosen)[:-1]
 
 
 # Models: each stage's sizes are its own, so that a wrong one is seen

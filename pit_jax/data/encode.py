@@ -47,6 +47,10 @@ class Encoder:
         fields = dict(prompt=prompt, response=response, feedback=feedback)
         return templates.fill(self.tokenizer, self._templates["refinement"], **fields)
 
+    def one_call_prompt(self, prompt: str, response: str | Sequence[int]) -> list[int]:
+        """Self-Refine's request for a better answer without feedback (appendix B)."""
+        return templates.fill(self.tokenizer, self._templates["one_call"], prompt=prompt, response=response)
+
     def response(self, text: str) -> list[int]:
         """Ids of a response with EOS."""
         return [*self.tokenizer.encode(text), self.tokenizer.eos_id]
@@ -72,6 +76,11 @@ class Encoder:
     def reflection_prompt_window(self) -> int:
         """Longest reflection prompt."""
         return self.prompt_window + self.response_window + len(self.reflection_prompt("", ""))
+
+    @property
+    def one_call_prompt_window(self) -> int:
+        """Longest prompt of the one-call form."""
+        return self.prompt_window + self.response_window + len(self.one_call_prompt("", ""))
 
     @property
     def refinement_prompt_window(self) -> int:

@@ -63,8 +63,16 @@ def _open(path: Path) -> BinaryIO:
     return {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower(), open)(path, "rb")
 
 
-def _text_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """(file and line number, text) of the lines that are not blank.
+class RawLine(NamedTuple):
+    """A line of a file: its number from 1, its bytes, and how many come before it in the file."""
+
+    number: int
+    content: bytes
+    offset: int
+
+
+def raw_lines(path: Path) -> Iterator[RawLine]:
+    """The lines that are not blank.
 
     Lines end at a line feed only: JSON strings may hold the other line ends of Unicode as they are.
     """
@@ -72,20 +80,13 @@ def _text_lines(path: Path) -> Iterator[tuple[str, str]]:
     try:
         with _open(path) as file:
             for number, line in enumerate(file, 1):
-                where, start = f"{path}, line {number}", offset
+                start = offset
                 offset += len(line)
                 if number == 1 and line.startswith(codecs.BOM_UTF8):
                     line = line[len(codecs.BOM_UTF8) :]
                     start += len(codecs.BOM_UTF8)
-                try:
-                    text = line.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    raise DataError(
-                        f"{where}: not UTF-8 at byte {start + error.start} of the file (0x{line[error.start]:02x}). "
-                        "Save the file as UTF-8; a compressed file needs a name that ends in .gz or .xz"
-                    ) from error
-                if text.strip():
-                    yield where, text
+                if line.strip():
+                    yield RawLine(number, line, start)
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise DataError(
             f"{path}: cannot be read after line {number} ({error}). Is the file complete, and of the kind that its "
@@ -96,17 +97,33 @@ def _text_lines(path: Path) -> Iterator[tuple[str, str]]:
 def _lines(path: str | Path) -> Iterator[_Line]:
     """The JSON objects of a file, or of all files of a folder."""
     for file in _files(path):
-        where = None
-        for where, text in _text_lines(file):
-            try:
-                row = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{where}: not JSON ({error}); every line must hold one JSON object") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{where}: is a JSON {_json_type(row)}, but every line must hold one JSON object")
-            yield _Line(where, row)
-        if where is None:
+        found = False
+        for line in raw_lines(file):
+            where, found = f"{file}, line {line.number}", True
+            yield _Line(where, parse_object(line, where))
+        if not found:
             raise DataError(f"{file}: the file has no rows")
+
+
+def parse_object(line: RawLine, where: str) -> dict[str, Any]:
+    """The JSON object of a line.
+
+    Raises:
+      DataError: where it is none.
+    """
+    try:
+        row = json.loads(line.content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where}: not UTF-8 at byte {line.offset + error.start} of the file "
+            f"(0x{line.content[error.start]:02x}). Save the file as UTF-8; a compressed file needs a name that ends in "
+            ".gz or .xz"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error}); every line must hold one JSON object") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: is a JSON {_json_type(row)}, but every line must hold one JSON object")
+    return row
 
 
 def _json_type(value: Any) -> str:
@@ -114,7 +131,7 @@ def _json_type(value: Any) -> str:
     return names.get(type(value), "null")
 
 
-def _string(row: dict[str, Any], field: str, where: str, default: str | None = None) -> str:
+def string_field(row: dict[str, Any], field: str, where: str, default: str | None = None) -> str:
     """A field that must be text."""
     name = field.rsplit(".", 1)[-1]
     if name not in row:
@@ -143,7 +160,7 @@ def _requirements(row: dict[str, Any], where: str) -> tuple[Requirement, ...]:
         field = f"requirements[{i}]"
         if not isinstance(value, dict):
             raise DataError(f"{where}: field {field!r} is a JSON {_json_type(value)}, but must be an object")
-        kind, argument = _string(value, f"{field}.kind", where), _string(value, f"{field}.value", where, "")
+        kind, argument = string_field(value, f"{field}.kind", where), string_field(value, f"{field}.value", where, "")
         if not kind:
             raise DataError(f"{where}: field '{field}.kind' is empty")
         found.append(Requirement(kind, argument))
@@ -173,13 +190,13 @@ def read_jsonl(path: str | Path, *, drop_empty: bool = False) -> tuple[Rows, Cou
     """
     rows, counts = [], collections.Counter()
     for where, row in _lines(path):
-        texts = {field: _string(row, field, where) for field in ("prompt", "chosen", "rejected")}
+        texts = {field: string_field(row, field, where) for field in ("prompt", "chosen", "rejected")}
         empty = [field for field, text in texts.items() if not text.strip()]
         if empty == ["prompt"] or (empty and not drop_empty):
             raise DataError(f"{where}: field {empty[0]!r} is empty")
         example = PreferenceExample(
             **texts,
-            reflection=_string(row, "reflection", where, ""),
+            reflection=string_field(row, "reflection", where, ""),
             requirements=_requirements(row, where),
         )
         if empty:
@@ -232,7 +249,7 @@ def read_hh_rlhf(path: str | Path) -> tuple[Rows, Counts]:
     """
     rows, counts = [], collections.Counter()
     for where, row in _lines(path):
-        chosen, rejected = (split_dialogue(_string(row, field, where)) for field in ("chosen", "rejected"))
+        chosen, rejected = (split_dialogue(string_field(row, field, where)) for field in ("chosen", "rejected"))
         if chosen is None or rejected is None:
             counts[NOT_A_DIALOGUE] += 1
         elif chosen[0] != rejected[0]:

@@ -1,7 +1,7 @@
 """Templates: text files whose `{fields}` are filled with plain text and whose control symbols become control ids.
 
-The files beside this module are the default wording (the literal forms of PIT appendix A, and our own words for the two
-Self-Refine prompts of appendix E.1); a folder with files of the same names replaces them.
+The files beside this module are the default wording (the literal forms of PIT appendix A, and our own words for the
+Self-Refine prompts of appendices E.1 and B); a folder with files of the same names replaces them.
 """
 
 import re
@@ -15,6 +15,7 @@ FIELDS = {
     "pit": {"prompt", "ref_response"},
     "reflection": {"prompt", "response"},
     "refinement": {"prompt", "response", "feedback"},
+    "one_call": {"prompt", "response"},
 }
 END = "<<End>>"
 """In a template: EOS, where a turn of the dialogue has ended."""

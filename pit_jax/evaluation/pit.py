@@ -1,136 +1,216 @@
-"""The last stage of PIT: Algorithm 2 on the test prompts, judged by the verifier and by the evaluator (section 4)."""
+"""The tables and figures of PIT: which answers they need, who judges them, and every number (section 4).
 
+Answers, scores and verdicts come from files below WORKDIR/evaluation, or are made and left there; the numbers are then
+functions of these files alone.
+"""
+
+import dataclasses
 import functools
 import json
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from pit_jax.config import SamplingConfig
 from pit_jax.data import verifier
-from pit_jax.evaluation import agreement, tables, win_rate
+from pit_jax.evaluation import agreement, answers, judges as judging, ratings, store, tables, win_rate
+from pit_jax.evaluation.answers import Maker, Plan
+from pit_jax.evaluation.judges import Judge, Verdicts
+from pit_jax.evaluation.store import AnswerSet
 from pit_jax.files import write_json_atomic, write_text_atomic
-from pit_jax.pipelines import pit, self_refine
-from pit_jax.types import PreferenceExample
+from pit_jax.pipelines import improve, pit
+from pit_jax.pipelines.improve import Step, StopRules
 
-TIE_BAND = (0.45, 0.55)
-"""sigma(r1 - r2) within it is a tie for a reward model (section 4.4)."""
+TABLES = ("win_rates", "agreement", "ratings", "iterations", "stop_rules", "temperatures", "rl", "chain_of_thought")
+"""Tables 1 and 2; Table 4 and Figure 2; Table 3; curves over iterations and tokens; stop rules (4.7, appendix J);
+Figure 3; Figure 4 and the choice by KL; Figure 5."""
 
-Answers = dict[str, list[list[int]]]
-"""Name -> one response per row, as ids without EOS."""
+ARM_STAGES = {"second_rl_only": "arm_second_rl_only", "longer_sft": "arm_longer_sft", "pit_sft_cot": pit.COT_ARM}
+"""Arms that are trained only when asked for: see `config.ARMS`."""
 
-ARM_STAGES = {"second_rl_only": "arm_second_rl_only", "longer_sft": "arm_longer_sft"}
-"""Arms that are trained only when asked for: Second RL only (Table 2), and M_P by the settings of M_PIT's SFT."""
+OWN_JUDGES = ("verifier", "evaluator", "r_p", "r_pit")
 
 
-def evaluate(context: pit.Context) -> dict:
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is evaluated; sampling settings are in config.evaluation.
+
+    Attributes:
+      tables: of TABLES.
+      judges: of OWN_JUDGES; the verifier is left out where the data have no requirements.
+      num_iterations: K of Algorithm 2; 0: that of the config.
+      temperatures: of Figures 3 and 5.
+      num_shuffles: orders of the comparisons for Elo.
+    """
+
+    tables: tuple[str, ...] = ("win_rates", "agreement")
+    judges: tuple[str, ...] = ("verifier", "evaluator")
+    num_iterations: int = 0
+    temperatures: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    num_shuffles: int = 100
+
+    def __post_init__(self):
+        for field, known in (("tables", TABLES), ("judges", OWN_JUDGES)):
+            for name in getattr(self, field):
+                if name not in known:
+                    raise ValueError(f"--{field} names {name!r}: use {', '.join(known)}")
+        if not self.judges:
+            raise ValueError(f"--judges is empty: use {', '.join(OWN_JUDGES)}")
+        if self.num_iterations < 0:
+            raise ValueError(f"--iterations={self.num_iterations}: not below 0")
+        if any(t < 0 for t in self.temperatures):
+            raise ValueError(f"--temperatures={self.temperatures}: not below 0")
+
+
+class Evaluation:
+    """Everything that the tables read: rows, answers, judges."""
+
+    def __init__(self, context: pit.Context, options: Options, more_judges: Sequence[Judge] = ()):
+        self.context, self.options = context, options
+        self.rows = context.rows["test"][: context.config.evaluation.num_prompts]
+        self.maker = Maker(context, "test", self.rows)
+        self.selection = Maker(context, "selection", context.rows["selection"])
+        self.judges = [*make_judges(context, options.judges, self.maker), *more_judges]
+        self.num_iterations = options.num_iterations or context.config.evaluation.num_iterations
+
+    @property
+    def verifiable(self) -> bool:
+        """Whether the rows say what they ask for."""
+        return bool(self.rows[0].requirements)
+
+    @property
+    def can_self_refine(self) -> bool:
+        """Whether M_P has learnt to write feedback."""
+        return self.context.config.evaluation.self_refine and bool(self.rows[0].reflection)
+
+    @functools.cached_property
+    def truth(self) -> Judge:
+        """The judge that stop rules are measured by: the verifier, or the evaluator where there is none."""
+        return self.truth_of(self.maker)
+
+    def truth_of(self, maker: Maker) -> Judge:
+        """The same, of another split."""
+        return make_judges(self.context, ["verifier" if self.verifiable else "evaluator"], maker)[0]
+
+    def compare(self, judge: Judge, first: str, second: str) -> dict:
+        """win, lose, tie, delta and its interval over the prompts with a verdict; how many have none."""
+        verdicts = judge.compare(self.maker[first], self.maker[second])
+        config = self.context.config
+        return summarize(verdicts, seed=config.seed, num_resamples=config.evaluation.num_resamples)
+
+
+def summarize(verdicts: Verdicts, *, seed: int, num_resamples: int) -> dict:
+    """`win_rate.summarize` over the prompts that have a verdict, and `no_verdict`, the number of the others."""
+    counted = verdicts.outcome[verdicts.mask]
+    lacking = int(np.sum(~verdicts.mask))
+    if not counted.size:
+        return dict.fromkeys(("win", "lose", "tie", "delta", "low", "high")) | {"n": 0, "no_verdict": lacking}
+    summary = win_rate.summarize(counted, seed=seed, num_resamples=num_resamples)
+    return summary | ({"no_verdict": lacking} if lacking else {})
+
+
+def make_judges(context: pit.Context, names: Sequence[str], maker: Maker) -> list[Judge]:
+    """Judges of the answers of a split, by name; the verifier only where there are requirements."""
+    root = {kind: maker.root / kind / maker.split for kind in ("scores", "verdicts")}
+    found = []
+    for name in names:
+        if name == "verifier":
+            if maker.rows[0].requirements:
+                found.append(judging.verifier_judge(root["scores"], maker.rows))
+        elif name == "r_pit":
+            found.append(judging.gap_judge(context, root["verdicts"], maker.rows))
+        else:
+            found.append(judging.reward_model_judge(context, name, root["scores"], maker.rows))
+    return found
+
+
+def evaluate(context: pit.Context, options: Options | None = None, more_judges: Sequence[Judge] = ()) -> dict:
     """Samples, judges and writes results.json, tables.txt, CSV files and samples/test.jsonl.
 
     Returns:
       The stage's record; the numbers are in results.json.
     """
-    config, started = context.config, time.perf_counter()
-    rows = context.rows["test"][: config.evaluation.num_prompts]
-    answers, references, parsed = _answers(context, rows)
-    judges = {"evaluator": _evaluator_scores(context, rows, answers)}
-    if rows[0].requirements:
-        judges = {"verifier": _verifier_scores(context, rows, answers)} | judges
-    comparisons = {}
-    for name, (first, second) in _pairs(answers).items():
-        comparisons[name] = {}
-        for judge, scores in judges.items():
-            band = TIE_BAND if judge == "evaluator" else None
-            outcomes = win_rate.compare(scores[first], scores[second], tie_band=band)
-            summary = win_rate.summarize(outcomes, seed=config.seed, num_resamples=config.evaluation.num_resamples)
-            comparisons[name][judge] = summary
-    results = {
-        "name": config.name,
-        "seed": config.seed,
+    started = time.perf_counter()
+    options = options or Options()
+    run = Evaluation(context, options, more_judges)
+    results: dict[str, Any] = {"name": context.config.name, "seed": context.config.seed}
+    for table in TABLES:
+        if table in options.tables:
+            print(f"  {table}", flush=True)
+            results |= {
+                "win_rates": win_rates,
+                "agreement": reward_models,
+                "ratings": elo_ratings,
+                "iterations": iteration_curves,
+                "stop_rules": stop_rules,
+                "temperatures": temperature_sweep,
+                "rl": rl_curves,
+                "chain_of_thought": chain_of_thought,
+            }[table](run)
+    results["costs"] = costs(run)
+    results["stages"] = _stage_records(context) | {"evaluate": {"steps": 0, "seconds": time.perf_counter() - started}}
+    _write_samples(run)
+    write_json_atomic(context.workdir.root / "results.json", results)
+    write_text_atomic(context.workdir.root / "tables.txt", tables.render(results) + "\n")
+    tables.write_csv(results, context.workdir.root / "tables")
+    _print_samples(run)
+    return {"steps": 0, "arms": list(context.config.arms)}
+
+
+# ---------------------------------------------------------------------------------------------- win rates (Tables 1, 2)
+
+
+def main_plans(run: Evaluation) -> list[Plan]:
+    """The answers of Tables 1 and 2 and of the controls beside them."""
+    config, workdir = run.context.config, run.context.workdir
+    final = pit.final_stage(config)
+    plans = [
+        Plan("chosen", "chosen"),
+        Plan("original", "policy", "rl_policy"),
+        Plan("fresh", "policy", "rl_policy"),  # a second sample of M_P: what sampling again would give
+        Plan("sft", "policy", "sft_policy"),
+        *answers.chain("pit", final, "original", run.num_iterations),
+        # Each prompt gets the answer to another prompt: M_PIT without help of its ref_response, and misled by it.
+        Plan("pit_shuffled", "pit", final, "original", shuffled=True),
+        Plan("pit_sft", "pit", "sft_pit", "original"),
+    ]
+    if run.can_self_refine:
+        plans.append(Plan("self_refine", "self_refine", "rl_policy", "original"))
+    if len(config.curriculum) > 1 and config.curriculum[0] == "data":
+        plans.append(Plan("first_rl_only", "pit", "rl_pit_1", "original"))
+    for arm in ("second_rl_only", "longer_sft"):
+        if workdir.done(ARM_STAGES[arm]) is not None:
+            method, of = ("policy", "") if arm == "longer_sft" else ("pit", "original")
+            plans.append(Plan(arm, method, ARM_STAGES[arm], of))
+    return plans
+
+
+def win_rates(run: Evaluation) -> dict:
+    """comparisons, answers, self_refine and missing of results.json."""
+    context = run.context
+    names = [run.maker.make(plan).name for plan in main_plans(run)]
+    comparisons = {
+        name: {judge.name: run.compare(judge, first, second) for judge in run.judges}
+        for name, (first, second) in _pairs(names).items()
+    }
+    found = {
         "comparisons": comparisons,
-        "answers": _answer_statistics(context, answers, references, judges),
-        "reward_models": _reward_models(context, rows),
-        "self_refine": parsed,
-        "stages": _stage_records(context) | {"evaluate": {"steps": 0, "seconds": time.perf_counter() - started}},
+        "answers": {name: answer_statistics(run, name) for name in names},
         "missing": {
             f"{arm}_vs_{other}": f"{context.command} --config.arms={arm}"
-            for arm, stage in ARM_STAGES.items()
-            if context.workdir.done(stage) is None
+            for arm in ("second_rl_only", "longer_sft")
+            if context.workdir.done(ARM_STAGES[arm]) is None
             for other in ("original", "pit")
         },
     }
-    _write_samples(context, rows, answers, judges)
-    write_json_atomic(context.workdir.root / "results.json", results)
-    text = tables.render(results)
-    write_text_atomic(context.workdir.root / "tables.txt", text + "\n")
-    tables.write_csv(results, context.workdir.root / "tables")
-    _print_samples(context, rows, answers)
-    return {"steps": 0, "arms": list(config.arms)}
+    if "self_refine" in names:
+        parsed = [step.parsed for step in run.maker["self_refine"].steps]
+        found["self_refine"] = {"parse_rate": sum(parsed) / len(parsed)}
+    return found
 
 
-def _answers(context: pit.Context, rows: list[PreferenceExample]) -> tuple[Answers, Answers, dict[str, float]]:
-    """All answers to the test prompts, the ref_response of those that improve one, and what Self-Refine reports."""
-    parsed: dict[str, float] = {}
-    references: Answers = {}
-    config, e = context.config, context.encoder
-    settings = SamplingConfig(config.data.response_window, config.evaluation.temperature)
-    longer = SamplingConfig(pit.improvement_window(context), config.evaluation.temperature)
-    key = lambda name: pit.key_of(config, f"evaluate/{name}")  # noqa: E731
-    size, eos = config.evaluation.batch_size, e.tokenizer.eos_id
-    load = functools.cache(functools.partial(_model, context))
-
-    def policy(name, stage="rl_policy"):
-        prompts = [e.policy_prompt(r.prompt) for r in rows]
-        return pit.sample(
-            *load(stage), prompts, key(name), window=e.policy_window, settings=settings, eos_id=eos, batch_size=size
-        )
-
-    def improve(name, refs, stage):
-        prompts = [e.pit_prompt(r.prompt, y) for r, y in zip(rows, refs, strict=True)]
-        improved = pit.sample(
-            *load(stage), prompts, key(name), window=e.pit_window, settings=longer, eos_id=eos, batch_size=size
-        )
-        references[name] = refs
-        return [_without_thoughts(context, y) for y in improved]
-
-    final = f"rl_pit_{len(config.curriculum)}" if config.curriculum else "sft_pit"
-    answers = {
-        "chosen": [e.response(r.chosen)[:-1] for r in rows],
-        "original": policy("original"),
-        "fresh": policy("fresh"),  # a second sample of M_P: what sampling again would give
-        "sft": policy("sft", "sft_policy"),
-    }
-    current = answers["original"]
-    for k in range(1, config.evaluation.num_iterations + 1):
-        name = "pit" if k == 1 else f"pit_iteration_{k}"
-        answers[name] = current = improve(name, current, final)
-    # Each prompt gets the answer to another prompt: M_PIT without help of its ref_response, and misled by it.
-    shuffled = answers["original"][1:] + answers["original"][:1]
-    answers["pit_shuffled"] = improve("pit_shuffled", shuffled, final)
-    answers["pit_sft"] = improve("pit_sft", answers["original"], "sft_pit")
-    if config.evaluation.self_refine and rows[0].reflection:
-        answers["self_refine"], parsed = self_refine.refine(context, rows, answers["original"])
-        references["self_refine"] = answers["original"]
-    if len(config.curriculum) > 1 and config.curriculum[0] == "data":
-        answers["first_rl_only"] = improve("first_rl_only", answers["original"], "rl_pit_1")
-    for arm, stage in ARM_STAGES.items():
-        if context.workdir.done(stage) is not None:
-            is_policy = arm == "longer_sft"
-            answers[arm] = policy(arm, stage) if is_policy else improve(arm, answers["original"], stage)
-    return answers, references, parsed
-
-
-def _without_thoughts(context: pit.Context, ids: list[int]) -> list[int]:
-    """The response behind a chain of thought, c and a line break (appendix K); all of it where there is none.
-
-    Ends, as any sample does, at the response window: thoughts and response share one longer window.
-    """
-    if not context.config.sft_pit.chain_of_thought:
-        return ids
-    _, found, response = context.encoder.text(ids).partition("\n")
-    return (context.encoder.response(response)[:-1] if found else ids)[: context.config.data.response_window]
-
-
-def _pairs(answers) -> dict[str, tuple[str, str]]:
+def _pairs(names: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Comparison name -> (first, second) answers; those whose answers exist."""
     wanted = [
         ("original_vs_chosen", "original", "chosen"),
@@ -148,155 +228,446 @@ def _pairs(answers) -> dict[str, tuple[str, str]]:
         ("longer_sft_vs_original", "longer_sft", "original"),
         ("longer_sft_vs_pit", "longer_sft", "pit"),
     ]
-    iterations = [name for name in answers if name.startswith("pit_iteration_")]
-    wanted += [(f"{name}_vs_original", name, "original") for name in iterations]
-    return {name: (a, b) for name, a, b in wanted if a in answers and b in answers}
+    wanted += [(f"{name}_vs_original", name, "original") for name in names if name.startswith("pit_iteration_")]
+    return {name: (a, b) for name, a, b in wanted if a in names and b in names}
 
 
-def _verifier_scores(context, rows, answers) -> dict[str, np.ndarray]:
-    """Share of requirements met."""
-    text = context.encoder.text
-    return {
-        name: np.asarray([verifier.share_met(r.requirements, text(y)) for r, y in zip(rows, ys, strict=True)])
-        for name, ys in answers.items()
-    }
-
-
-def _evaluator_scores(context, rows, answers) -> dict[str, np.ndarray]:
-    """r(x, y) by the reward model that was trained on all folds and used for nothing else."""
-    e, names = context.encoder, list(answers)
-    prompts = [e.policy_prompt(r.prompt) for r in rows]
-    form = lambda i, name: [*prompts[i], *answers[name][i], e.tokenizer.eos_id]  # noqa: E731
-    groups = [[form(i, name)] for name in names for i in range(len(rows))]  # one by one: there may be many names
-    scores = pit.score_groups(*_model(context, "evaluator"), groups, batch_size=256)
-    return dict(zip(names, scores.reshape(len(names), len(rows)), strict=True))
-
-
-def _answer_statistics(context, answers: Answers, references: Answers, judges) -> dict[str, dict]:
-    """What each kind of answer looks like.
+def answer_statistics(run: Evaluation, name: str) -> dict:
+    """What a set of answers looks like.
 
     Returns:
-      name -> tokens: mean length; copy_rate: share of answers equal to their own ref_response (None where there is
-      none); ended: share with EOS; by the verifier share_met, and all_met: share of answers that meet everything;
-      fixed and kept: the latter among the prompts whose Original fails something, and among the others.
+      tokens: mean length; copy_rate: share of answers equal to their own ref_response (None where there is none);
+      ended: share with EOS; by the verifier share_met, and all_met: share of answers that meet everything; fixed and
+      kept: the latter among the prompts whose Original fails something, and among the others.
     """
     mean = lambda values: float(np.mean(values)) if len(values) else None  # noqa: E731
-    statistics = {}
-    for name, ys in answers.items():
-        copies = [y == ref for y, ref in zip(ys, references[name], strict=True)] if name in references else []
-        statistics[name] = {
-            "tokens": mean([len(y) for y in ys]),
-            "copy_rate": mean(copies),
-            "ended": mean([len(y) < context.config.data.response_window for y in ys]),
-        }
-        if "verifier" in judges:
-            scores, was_met = judges["verifier"][name], judges["verifier"]["original"] == 1.0
-            met = scores == 1.0
-            statistics[name] |= {"share_met": mean(scores), "all_met": mean(met)}
-            statistics[name] |= {"fixed": mean(met[~was_met]), "kept": mean(met[was_met])}
+    found = run.maker[name]
+    statistics = {
+        "tokens": mean([len(y) for y in found.ids]),
+        "copy_rate": mean(copies(run, found)),
+        "ended": mean([len(y) < run.context.config.data.response_window for y in found.ids]),
+    }
+    if run.verifiable:
+        scores, original = (run.truth.scores(run.maker[n]) for n in (name, "original"))
+        met, was_met = scores == 1.0, original == 1.0
+        statistics |= {"share_met": mean(scores), "all_met": mean(met)}
+        statistics |= {"fixed": mean(met[~was_met]), "kept": mean(met[was_met])}
     return statistics
 
 
-def _reward_models(context, rows) -> dict[str, dict]:
-    """Table 4's accuracies, Figure 2's distributions and the diagnostics of the gap model."""
-    e = context.encoder
-    ids = lambda y: e.response(y)[:-1]  # noqa: E731
-    report: dict[str, dict] = {}
+def copies(run: Evaluation, found: AnswerSet) -> list[bool]:
+    """Which answers equal the one that they improve; empty where they improve none."""
+    if "of" not in found.spec:
+        return []
+    before = run.maker[found.spec["of"]].ids
+    if found.spec["shuffled"]:
+        before = [*before[1:], *before[:1]]
+    return [y == ref for y, ref in zip(found.ids, before, strict=True)]
 
-    labelled = context.rows["test"]  # all of them: reading is cheaper than sampling
-    triples = [
-        (r.prompt, ids(y1), ids(y2))
-        for r in labelled
-        for y1, y2 in ((r.chosen, r.rejected), (r.chosen, r.chosen), (r.rejected, r.rejected), (r.rejected, r.chosen))
-    ]
-    gaps = pit.gap_scores(context, triples, pairings=4)
-    report["r_pit"] = agreement.accuracy(gaps[:, 0], gaps[:, 3]) | agreement.gap_diagnostics(*gaps.T)
-    # Shortcut probe: the same y_1 against the ref_response of another prompt.
-    moved = [
-        (r.prompt, ids(y1), ids(y2))
-        for r, other in zip(labelled, labelled[1:] + labelled[:1], strict=True)
-        for y1, y2 in ((r.chosen, other.rejected), (r.rejected, other.chosen))
-    ]
-    shuffled = pit.gap_scores(context, moved, pairings=2)
-    probe = agreement.shortcut_probe(gaps[:, 0], gaps[:, 3], shuffled[:, 0], shuffled[:, 1])
+
+# ---------------------------------------------------------------------------------------- agreement (Table 4, Figure 2)
+
+
+def reward_models(run: Evaluation) -> dict:
+    """reward_models and gap_distributions of results.json: accuracies, distributions, diagnostics of the gap model."""
+    labelled = labelled_scores(run)
+    gap = {name: np.asarray(x) for name, x in labelled["r_pit"].items()}
+    four = (gap["wl"], gap["ww"], gap["ll"], gap["lw"])
+    report = {"r_pit": agreement.accuracy(gap["wl"], gap["lw"]) | agreement.gap_diagnostics(*four)}
+    probe = agreement.shortcut_probe(gap["wl"], gap["lw"], gap["shuffled_wl"], gap["shuffled_lw"])
     report["r_pit"]["shortcut_probe"] = probe
     for name in ("r_p", "evaluator"):
-        scores = pit.score_groups(*_model(context, name), pit.policy_groups(e, labelled))
-        report[name] = agreement.accuracy(scores[:, 0], scores[:, 1])
-
-    if rows[0].requirements:
+        report[name] = agreement.accuracy(labelled[name]["chosen"], labelled[name]["rejected"])
+    if run.verifiable:
         # On pairs of a policy's own answers, ranked by the verifier: what RL asks of a reward model.
         for prefix, stage in (("policy", "rl_policy"), ("sft_policy", "sft_policy")):
-            pairs, margin, prompts = _own_pairs(context, rows, stage)
-            swapped = [(x, b, a) for x, a, b in pairs]
-            both = [triple for pair in zip(pairs, swapped, strict=True) for triple in pair]
-            gap = pit.gap_scores(context, both, pairings=2)
-            own = {"r_pit": gap[:, 0] - gap[:, 1]}
-            groups = [[[*e.policy_prompt(x), *y, e.tokenizer.eos_id] for y in (a, b)] for x, a, b in pairs]
-            for name in ("r_p", "evaluator"):
-                scores = pit.score_groups(*_model(context, name), groups)
-                own[name] = scores[:, 0] - scores[:, 1] if groups else margin
-            for name, predicted in own.items():
-                values = agreement.pair_accuracy_excluding_ties(predicted, margin, groups=prompts)
+            own = own_margins(run, stage)
+            for name in ("r_pit", "r_p", "evaluator"):
+                values = agreement.pair_accuracy_excluding_ties(own[name], own["verifier"], groups=own["prompt"])
                 report[name] |= {f"{prefix}_{k}": v for k, v in values.items()}
-    return report
+    edges = np.histogram_bin_edges(np.concatenate(four), bins=60)
+    density = {
+        name: np.histogram(x, edges, density=True)[0].tolist()
+        for name, x in zip(agreement.PAIRING_NAMES, four, strict=True)
+    }
+    return {"reward_models": report, "gap_distributions": {"edges": edges.tolist(), "density": density}}
 
 
-def _model(context, stage):
-    return pit.model_of(context, stage), pit.load_model(context, stage)
+def _gap_stage(context: pit.Context) -> str:
+    return "r_p" if context.config.r_pit.loss == "r_p_difference" else "r_pit"
 
 
-def _own_pairs(context, rows, stage):
-    """Pairs (x, a, b) of a policy's own samples that the verifier tells apart, its margin (a minus b), and x's row."""
-    config, e = context.config, context.encoder
-    n = config.evaluation.num_pairs
-    settings = SamplingConfig(config.data.response_window, config.evaluation.temperature)
-    repeated = [row for row in rows for _ in range(n)]
-    samples = pit.sample(
-        *_model(context, stage), [e.policy_prompt(r.prompt) for r in repeated for _ in range(2)],
-        pit.key_of(config, f"evaluate/own/{stage}"), window=e.policy_window, settings=settings,
-        eos_id=e.tokenizer.eos_id, batch_size=config.evaluation.batch_size,
-    )  # fmt: skip
-    first, second = samples[0::2], samples[1::2]
-    share = lambda row, y: verifier.share_met(row.requirements, e.text(y))  # noqa: E731
-    margin = np.asarray([share(r, a) - share(r, b) for r, a, b in zip(repeated, first, second, strict=True)])
+def labelled_scores(run: Evaluation) -> dict[str, dict[str, list[float]]]:
+    """What each reward model says of the labelled pairs of all test prompts: reading is cheaper than sampling."""
+    context = run.context
+    e, rows = context.encoder, context.rows["test"]
+    ids = lambda y: e.response(y)[:-1]  # noqa: E731
+
+    def make() -> dict:
+        score = pit.gap_scorer(context)
+        both = lambda r: (ids(r.chosen), ids(r.rejected))  # noqa: E731
+        pairings = lambda w, l: ((w, l), (w, w), (l, l), (l, w))  # noqa: E731
+        triples = [(r.prompt, y1, y2) for r in rows for y1, y2 in pairings(*both(r))]
+        found = {"r_pit": dict(zip(("wl", "ww", "ll", "lw"), score(triples, pairings=4).T, strict=True))}
+        # Shortcut probe: the same y_1 against the ref_response of another prompt.
+        moved = [
+            (r.prompt, ids(y1), ids(y2))
+            for r, other in zip(rows, rows[1:] + rows[:1], strict=True)
+            for y1, y2 in ((r.chosen, other.rejected), (r.rejected, other.chosen))
+        ]
+        found["r_pit"] |= dict(zip(("shuffled_wl", "shuffled_lw"), score(moved, pairings=2).T, strict=True))
+        for name in ("r_p", "evaluator"):
+            model = pit.model_of(context, name), pit.load_model(context, name)
+            scores = pit.score_groups(*model, pit.policy_groups(e, rows))
+            found[name] = {"chosen": scores[:, 0], "rejected": scores[:, 1]}
+        return found
+
+    models = {stage: answers.model_digest(context, stage) for stage in (_gap_stage(context), "r_p", "evaluator")}
+    spec = {"models": models, "prompts": store.digest([[r.prompt, r.chosen, r.rejected] for r in rows])}
+    return store.values(run.maker.root / "agreement" / "labelled.json", spec, make)
+
+
+def own_margins(run: Evaluation, stage: str) -> dict[str, np.ndarray]:
+    """Pairs of a policy's own samples that the verifier tells apart: its margin (first minus second), those of the
+    reward models, and the number of the prompt."""
+    context, n = run.context, run.context.config.evaluation.num_pairs
+    e = context.encoder
+    maker = Maker(context, "own", [row for row in run.rows for _ in range(2 * n)])
+    own = maker.make(Plan(stage, "policy", stage))
+    met = np.asarray([verifier.share_met(r.requirements, y) for r, y in zip(maker.rows, own.texts, strict=True)])
+    margin = met[0::2] - met[1::2]
     keep = np.flatnonzero(margin)
-    return [(repeated[i].prompt, first[i], second[i]) for i in keep], margin[keep], keep // n
+    pairs = [(maker.rows[2 * i].prompt, own.ids[2 * i], own.ids[2 * i + 1]) for i in keep]
+
+    def make() -> dict:
+        both = [triple for x, a, b in pairs for triple in ((x, a, b), (x, b, a))]
+        gap = pit.gap_scorer(context)(both, pairings=2)
+        found = {"r_pit": gap[:, 0] - gap[:, 1]}
+        groups = [[[*e.policy_prompt(x), *y, e.tokenizer.eos_id] for y in (a, b)] for x, a, b in pairs]
+        for name in ("r_p", "evaluator"):
+            model = pit.model_of(context, name), pit.load_model(context, name)
+            scores = pit.score_groups(*model, groups).reshape(-1, 2)
+            found[name] = scores[:, 0] - scores[:, 1]
+        return found
+
+    models = {name: answers.model_digest(context, name) for name in (_gap_stage(context), "r_p", "evaluator")}
+    spec = {"models": models, "answers": store.digest(own.spec), "pairs": keep.tolist()}
+    found = store.values(maker.root / "agreement" / f"own_{stage}.json", spec, make)
+    found = {name: np.asarray(x, np.float64) for name, x in found.items()}
+    return found | {"verifier": margin[keep], "prompt": keep // n}
 
 
-def _stage_records(context) -> dict[str, dict]:
+# -------------------------------------------------------------------------------------------- iterations (Table 3, 4.7)
+
+
+def _chains(run: Evaluation) -> dict[str, list[str]]:
+    """Method -> names of y_0 .. y_K, all made."""
+    methods = ["pit", *(["self_refine"] if run.can_self_refine else []), "rerank"]
+    return {method: _chain(run, run.maker, method) for method in methods}
+
+
+def _chain(run: Evaluation, maker: Maker, method: str, temperature: float | None = None) -> list[str]:
+    """Names of y_0 .. y_K of a method, all made; at a temperature of its own the names say so."""
+    config = run.context.config
+    default = config.evaluation.temperature
+    temperature = default if temperature is None else temperature
+    stage = pit.final_stage(config) if method == "pit" else "rl_policy"
+    original = Plan("original", "policy", "rl_policy")
+    plans = [original, *answers.chain(method, stage, "original", run.num_iterations)]
+    if temperature != default:
+        name = lambda plain: answers.at_temperature(plain, temperature, default) if plain else ""  # noqa: E731
+        plans = [dataclasses.replace(p, name=name(p.name), of=name(p.of), temperature=temperature) for p in plans]
+    return [maker.make(plan).name for plan in plans]
+
+
+def elo_ratings(run: Evaluation) -> dict:
+    """ratings of results.json: Elo and Bradley-Terry over all pairs of Original and the iterations (Table 3)."""
+    chains = _chains(run)
+    names = ["original", *(name for method in ("pit", "self_refine") for name in chains.get(method, [])[1:])]
+    found = {}
+    for judge in run.judges:
+        pairs = [(i, j) for i in range(len(names)) for j in range(i)]
+        verdicts = [judge.compare(run.maker[names[i]], run.maker[names[j]]) for i, j in pairs]
+        prompt = np.concatenate([np.flatnonzero(v.mask) for v in verdicts])
+        sides = np.concatenate([np.tile(p, (int(v.mask.sum()), 1)) for p, v in zip(pairs, verdicts, strict=True)])
+        outcome = np.concatenate([v.outcome[v.mask] for v in verdicts])
+        seed = run.context.config.seed
+        if not outcome.size:
+            continue
+        sides = *sides.T, outcome, len(names)
+        found[judge.name] = {
+            "elo": ratings.elo_shuffled(*sides, names=names, num_shuffles=run.options.num_shuffles, seed=seed),
+            "bradley_terry": ratings.bradley_terry(*sides, names=names, groups=prompt, prior=1.0, seed=seed),
+            "num_comparisons": int(outcome.size),
+            "num_shuffles": run.options.num_shuffles,
+        }
+    return {"ratings": found}
+
+
+def iteration_curves(run: Evaluation) -> dict:
+    """iterations of results.json: each method's answers by iteration, with all that they took up to there."""
+    found = {}
+    for method, names in _chains(run).items():
+        tokens = written = 0.0
+        found[method] = []
+        for k, name in enumerate(names):
+            made = run.maker[name]
+            tokens += float(np.mean([step.tokens for step in made.steps]))
+            written += float(np.mean([step.written for step in made.steps]))
+            statistics = answer_statistics(run, name)
+            line = {"iteration": k, "answer": name, "tokens": tokens, "written": written}
+            line |= {"copy_rate": statistics["copy_rate"], "length": statistics["tokens"]}
+            line |= {key: statistics[key] for key in ("share_met", "all_met") if key in statistics}
+            line["delta"] = {judge.name: run.compare(judge, name, "original") for judge in run.judges if k}
+            found[method].append(line)
+    return {"iterations": found}
+
+
+def chain_steps(run: Evaluation, maker: Maker, names: Sequence[str]) -> list[list[Step]]:
+    """y_0 .. y_K of each prompt, with R_PIT's gaps."""
+    context = run.context
+    gains = functools.cache(lambda: improve.make_gains(context))
+    columns = [maker[names[0]].steps]
+    for before, name in zip(names, names[1:], strict=False):
+        after = maker[name]
+
+        def make(before=before, after=after) -> dict:
+            found = gains()([row.prompt for row in maker.rows], after.ids, maker[before].ids)
+            return dict(zip(("gap", "gain", "scored"), map(list, zip(*found, strict=True)), strict=True))
+
+        spec = {"model": answers.model_digest(context, _gap_stage(context)), "answers": store.digest(after.spec)}
+        found = store.values(maker.root / "gaps" / maker.split / f"{name}.json", spec, make)
+        columns.append([
+            step._replace(gap=gap, gain=gain, scored=step.scored + scored)
+            for step, gap, gain, scored in zip(after.steps, found["gap"], found["gain"], found["scored"], strict=True)
+        ])  # fmt: skip
+    return [list(steps) for steps in zip(*columns, strict=True)]
+
+
+def calibrated_threshold(run: Evaluation, method: str, temperature: float | None = None) -> float:
+    """The threshold of a method's gains, from its answers to the selection prompts."""
+    names = _chain(run, run.selection, method, temperature)
+    truth = run.truth_of(run.selection)
+    scores = np.stack([truth.scores(run.selection[name]) for name in names], axis=1)
+    return improve.calibrate(chain_steps(run, run.selection, names), scores)
+
+
+def stop_rules(run: Evaluation) -> dict:
+    """stop_rules of results.json: where each rule would have stopped, against an oracle that knows the scores."""
+    K = run.num_iterations
+    lines = []
+    for method, names in _chains(run).items():
+        if method == "rerank":  # keeps its best by construction
+            continue
+        scores = np.stack([run.truth.scores(run.maker[name]) for name in names], axis=1)
+        chains = chain_steps(run, run.maker, names)
+        plain = [[step._replace(scored=0) for step in steps] for steps in chains]
+        threshold = calibrated_threshold(run, method)
+        budget = round(float(np.mean([sum(step.tokens for step in steps[:3]) for steps in plain])))  # y_0, y_1, y_2
+        rules = [(f"K = {k}", StopRules(iterations=k)) for k in range(1, K + 1)]
+        rules += [("identical", StopRules(identical=True, iterations=K))]
+        rules += [(f"{budget} tokens", StopRules(max_tokens=budget, iterations=K))]
+        rules += [("gap, calibrated", StopRules(min_gain=threshold, iterations=K))]
+        rules += [("gap above 0", StopRules(min_gain=0.0, iterations=K))]
+        rules += [("keep best", StopRules(keep="best", iterations=K))]
+        rules += [("gap, calibrated, keep best", StopRules(min_gain=threshold, keep="best", iterations=K))]
+        oracle = scores.max(axis=1)
+        for rule, settings in rules:
+            taken = chains if settings.needs_gains else plain  # R_PIT reads only where it is asked
+            stops = [improve.stopped(steps, settings) for steps in taken]
+            reached = scores[np.arange(len(stops)), [kept for kept, _ in stops]]
+            tokens = [sum(step.tokens for step in steps[: k + 1]) for steps, (_, k) in zip(taken, stops, strict=True)]
+            lines.append({
+                "method": method, "rule": rule, "score": float(reached.mean()),
+                "regret": float(np.mean(oracle - reached)), "tokens": float(np.mean(tokens)),
+                "iterations": float(np.mean([k for _, k in stops])), "n": len(stops),
+                "threshold": settings.min_gain,
+            })  # fmt: skip
+    note = (
+        f"Score by the {run.truth.name}; regret against the best of y_0 .. y_{K} of each prompt. The threshold of the "
+        f"gap was calibrated on {len(run.selection.rows)} selection prompts."
+    )
+    return {"stop_rules": lines, "stop_rules_note": note}
+
+
+# --------------------------------------------------------------------------------------- temperatures (Figures 3 and 5)
+
+
+def _sweep(run: Evaluation, methods: dict[str, Plan], original: str) -> dict:
+    """Comparisons of each method with the original, and of the first with the second, at each temperature."""
+    default = run.context.config.evaluation.temperature
+    names: dict[str, list[str]] = {}
+    for method, plan in methods.items():
+        names[method] = []
+        for temperature in run.options.temperatures:
+            name = answers.at_temperature(plan.name, temperature, default)
+            made = run.maker.make(dataclasses.replace(plan, name=name, temperature=temperature))
+            names[method].append(made.name)
+    pairs = {f"{method}_vs_{original}": [(name, original) for name in found] for method, found in names.items()}
+    first, *others = names
+    for other in others:
+        pairs[f"{first}_vs_{other}"] = list(zip(names[first], names[other], strict=True))
+    comparisons = {
+        name: {judge.name: [run.compare(judge, a, b) for a, b in sides] for judge in run.judges}
+        for name, sides in pairs.items()
+    }
+    return {"temperatures": list(run.options.temperatures), "comparisons": comparisons}
+
+
+def temperature_sweep(run: Evaluation) -> dict:
+    """temperature_sweep of results.json: M_PIT and Self-Refine at each temperature, originals at that of the config."""
+    run.maker.make(Plan("original", "policy", "rl_policy"))
+    methods = {"pit": Plan("pit", "pit", pit.final_stage(run.context.config), "original")}
+    if run.can_self_refine:
+        methods["self_refine"] = Plan("self_refine", "self_refine", "rl_policy", "original")
+    return {"temperature_sweep": _sweep(run, methods, "original")}
+
+
+def chain_of_thought(run: Evaluation) -> dict:
+    """chain_of_thought of results.json: M_PIT^SFT with and without thoughts improves M_P^SFT's answers (appendix K)."""
+    if run.context.workdir.done(pit.COT_ARM) is None:
+        return {}
+    run.maker.make(Plan("sft", "policy", "sft_policy"))
+    methods = {
+        "pit_sft": Plan("pit_sft_of_sft", "pit", "sft_pit", "sft"),
+        "pit_sft_cot": Plan("pit_sft_cot_of_sft", "pit", pit.COT_ARM, "sft"),
+    }
+    if run.can_self_refine:
+        methods["self_refine"] = Plan("self_refine_of_sft", "self_refine", "sft_policy", "sft")
+    return {"chain_of_thought": _sweep(run, methods, "sft")}
+
+
+# ---------------------------------------------------------------------------------------------------- RL (Figure 4, KL)
+
+
+def rl_curves(run: Evaluation) -> dict:
+    """rl_rewards and kl_reward of results.json, from what the stages of RL have recorded.
+
+    "Similar" is where the reward of a policy as good as M_P^RL would be in 95% of all cases: M_P^RL itself against its
+    own answers, one sample for each selection prompt.
+    """
+    context = run.context
+    rounds = [f"rl_pit_{i}" for i in range(1, len(context.config.curriculum) + 1)]
+    stages = [*rounds, "arm_second_rl_only"]
+    curves = {stage: curve for stage in ("rl_policy", *stages) if (curve := _kl_curve(context, stage))}
+    found: dict[str, Any] = {"kl_reward": curves}
+    faced = [s for s, source in zip(rounds, context.config.curriculum, strict=True) if source == "policy"]
+    faced += ["arm_second_rl_only"] if "arm_second_rl_only" in curves else []
+    if faced:
+        gaps = par_gaps(run)
+        mean = float(np.mean(gaps))
+        half = 1.96 * float(np.mean(np.var(gaps, axis=1, ddof=1)) / len(gaps)) ** 0.5
+        training = _training_scores(context, faced)
+        found["rl_rewards"] = {
+            "similar": [mean - half, mean + half],
+            "n": len(gaps),
+            "stages": {
+                stage: {
+                    "steps": curves[stage]["steps"],
+                    "reward": curves[stage]["score"],
+                    "chosen_step": curves[stage]["chosen_step"],
+                    "training_steps": [step for step, _ in training[stage]],
+                    "training_reward": [score for _, score in training[stage]],
+                }
+                for stage in faced
+            },
+        }
+    return found
+
+
+def par_gaps(run: Evaluation, num_pairs: int = 8) -> np.ndarray:
+    """r_gap(x, y, y_ref) of pairs of M_P^RL's own answers to the selection prompts, [n, num_pairs]."""
+    context, rows = run.context, run.selection.rows
+    maker = Maker(context, "par", [row for row in rows for _ in range(2 * num_pairs)])
+    own = maker.make(Plan("rl_policy", "policy", "rl_policy"))
+
+    def make() -> dict:
+        pairs = zip(maker.rows[::2], own.ids[::2], own.ids[1::2], strict=True)
+        return {"gap": pit.gap_scorer(context)([(row.prompt, a, b) for row, a, b in pairs])[:, 0]}
+
+    spec = {"model": answers.model_digest(context, _gap_stage(context)), "answers": store.digest(own.spec)}
+    gaps = store.values(maker.root / "gaps" / maker.split / "rl_policy.json", spec, make)["gap"]
+    return np.reshape(gaps, (len(rows), num_pairs))
+
+
+def _kl_curve(context: pit.Context, stage: str) -> dict | None:
+    record = context.workdir.done(stage)
+    if record is None:
+        return None
+    measured = sorted((int(step), values) for step, values in record["candidates"].items())
+    column = lambda key: [values[key] for _, values in measured]  # noqa: E731
+    share = "verifier/share_met"
+    return {
+        "steps": [step for step, _ in measured],
+        "kl": column("kl"),
+        "score": column("score"),
+        "share_met": column(share) if share in measured[0][1] else None,
+        "chosen_step": record["chosen_step"],
+        "bins": [{key: b[key] for key in ("low", "high", "step")} for b in record["kl_bins"]],
+    }
+
+
+def _training_scores(context: pit.Context, stages: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
+    """(step, mean reward of the rollout) of each stage, from metrics.jsonl."""
+    found: dict[str, list[tuple[int, float]]] = {stage: [] for stage in stages}
+    with open(context.workdir.root / "metrics.jsonl", encoding="utf-8") as file:
+        for line in map(json.loads, file):
+            if line["stage"] in found and line.get("score") is not None:
+                found[line["stage"]].append((line["step"], line["score"]))
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+def costs(run: Evaluation) -> dict[str, dict]:
+    """What each set of answers took."""
+    found = {}
+    for name, made in run.maker.sets.items():
+        if made.spec["method"] not in ("chosen", "rejected"):
+            total = lambda field: sum(getattr(step, field) for step in made.steps)  # noqa: E731, B023
+            found[name] = {"seconds": made.seconds, "answers": len(made.steps)}
+            found[name] |= {field: total(field) for field in ("read", "written", "scored")}
+    return found
+
+
+def _stage_records(context: pit.Context) -> dict[str, dict]:
     """What each finished stage measured."""
     names = pit.stage_names(context.config)
+    names += [stage for stage in ARM_STAGES.values() if stage not in names]
     return {name: record for name in names if (record := context.workdir.done(name)) is not None}
 
 
-def _write_samples(context, rows, answers, judges) -> None:
+def _write_samples(run: Evaluation) -> None:
     """One JSON line per test prompt: all answers and what each judge says of them."""
-    path = context.workdir.root / "samples" / "test.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = context.encoder.text
+    sets = run.maker.sets
+    scored = {judge.name: judge for judge in run.judges if judge.scores is not None}
     lines = []
-    for i, row in enumerate(rows):
+    for i, row in enumerate(run.rows):
         line = {
             "prompt": row.prompt,
             "requirements": [[r.kind, r.value] for r in row.requirements],
-            "answers": {name: text(ys[i]) for name, ys in answers.items()},
-            "scores": {judge: {n: float(s[i]) for n, s in scores.items()} for judge, scores in judges.items()},
+            "answers": {name: made.texts[i] for name, made in sets.items()},
+            "scores": {
+                name: {n: float(judge.scores(made)[i]) for n, made in sets.items()} for name, judge in scored.items()
+            },
         }
+        if row.requirements:
+            line["met"] = {n: list(verifier.verify(row.requirements, made.texts[i])) for n, made in sets.items()}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    write_text_atomic(path, "".join(lines))
+    write_text_atomic(run.context.workdir.root / "samples" / "test.jsonl", "".join(lines))
 
 
-def _print_samples(context, rows, answers) -> None:
+def _print_samples(run: Evaluation) -> None:
     """A few improved answers as they are, from evenly spaced prompts."""
-    n = min(context.config.evaluation.show_samples, len(rows))
+    rows, sets = run.rows, run.maker.sets
+    n = min(run.context.config.evaluation.show_samples, len(rows)) if "pit" in sets else 0
     for i in range(0, len(rows), max(1, len(rows) // max(n, 1)))[:n]:
         print(f"  prompt:   {rows[i].prompt}")
-        for label, name in (("original", "original"), ("improved", "pit")):
-            text = context.encoder.text(answers[name][i])
+        for label, made in (("original", sets["original"]), ("improved", sets["pit"])):
             met = ""
             if rows[i].requirements:
-                checks = verifier.verify(rows[i].requirements, text)
+                checks = verifier.verify(rows[i].requirements, made.texts[i])
                 met = f"  [{sum(checks)} of {len(checks)} met]"
-            print(f"  {label}: {text!r}{met}")
+            print(f"  {label}: {made.texts[i]!r}{met}")
         print(flush=True)

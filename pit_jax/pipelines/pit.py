@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pit_jax import checkpoint, optimizers, sampling, sharding, train_state
+from pit_jax import checkpoint, config as config_lib, optimizers, sampling, sharding, train_state
 from pit_jax.config import ModelConfig, PitConfig, PPOConfig, RewardModelConfig, SamplingConfig, SFTConfig
 from pit_jax.data import (
     batches,
@@ -39,7 +39,7 @@ from pit_jax.data import (
     tokenizer as tokenizer_lib,
     verifier,
 )
-from pit_jax.files import write_text_atomic
+from pit_jax.files import read_json, write_text_atomic
 from pit_jax.learners import loop, ppo, reward_model, sft
 from pit_jax.metrics import MetricsWriter
 from pit_jax.models.transformer import ScalarModel, Transformer
@@ -47,6 +47,8 @@ from pit_jax.pipelines.stages import FREE_FIELDS, Candidates, Workdir, choose_by
 from pit_jax.types import Params, PreferenceExample, Rollout
 
 REWARD_STAGES = ("r_p", "r_pit", "evaluator")
+COT_ARM = "arm_pit_sft_cot"
+"""M_PIT^SFT with a chain of thought, beside one without (Figure 5)."""
 
 FIRST_STAGE = {
     "sft_policy": "sft_policy",
@@ -71,7 +73,7 @@ class Context:
     Attributes:
       config: of the run.
       workdir: where everything lies.
-      writer: of metrics.
+      writer: of metrics; None where nothing is trained.
       command: what the user typed to start the run, for messages.
       rows: split -> rows that fit the windows; filled by the data stage.
       encoder: text to ids; filled by the data stage.
@@ -79,7 +81,7 @@ class Context:
 
     config: PitConfig
     workdir: Workdir
-    writer: MetricsWriter
+    writer: MetricsWriter | None
     command: str = "python -m pit_jax.train --config=... --workdir=..."
     rows: dict[str, list[PreferenceExample]] = dataclasses.field(default_factory=dict)
     encoder: encode.Encoder | None = None
@@ -183,11 +185,25 @@ def read_rows(config: PitConfig, root: Path) -> dict[str, list[PreferenceExample
     return {name: read(root / f"{name}.jsonl") for name in SPLITS}
 
 
+def load_encoder(context: Context) -> None:
+    """Fills `encoder` from a finished data stage."""
+    model = context.workdir.root / "data" / "tokenizer.model"
+    context.encoder = encode.make_encoder(tokenizer_lib.load(model), context.config.data)
+
+
+def prompt_ending(context: Context, prompt: str) -> str:
+    """What a prompt lacks at its end to look as those that the models learnt from: a blank line after dialogues."""
+    if context.config.data.source == "synthetic" or prompt.endswith("\n\n"):
+        return ""
+    with open(context.workdir.root / "data" / "sft.jsonl", encoding="utf-8") as file:
+        learnt = json.loads(next(file))["prompt"]
+    return "\n\n" if learnt.endswith("\n\n") else ""
+
+
 def load_data(context: Context) -> None:
     """Fills `rows` and `encoder` from a finished data stage."""
-    root = context.workdir.root / "data"
-    context.encoder = encode.make_encoder(tokenizer_lib.load(root / "tokenizer.model"), context.config.data)
-    raw = read_rows(context.config, root)
+    load_encoder(context)
+    raw = read_rows(context.config, context.workdir.root / "data")
     context.rows = {name: encode.drop_over_length(split, context.encoder)[0] for name, split in raw.items()}
 
 
@@ -326,10 +342,10 @@ def sft_policy_stage(context: Context, stage: str, settings: SFTConfig) -> dict:
     return likelihood_stage(context, stage, config.policy_model, settings, rows, start)
 
 
-def sft_pit_stage(context: Context) -> dict:
+def sft_pit_stage(context: Context, stage: str) -> dict:
     """M_PIT^SFT: -sum log M_PIT(y_w | x, y_l), with the options of section 3.2 and appendix K."""
     e, config = context.encoder, context.config
-    settings = config.sft_pit
+    settings = dataclasses.replace(config.sft_pit, chain_of_thought=has_thoughts(config, stage))
     rows = []
     for r in context.rows["sft"]:
         target = f"{r.reflection}\n{r.chosen}" if settings.chain_of_thought else r.chosen
@@ -341,7 +357,7 @@ def sft_pit_stage(context: Context) -> dict:
             ref_response, response = terms[i % 3](r)
             unlikely.append((e.pit_prompt(r.prompt, ref_response), e.response(response)))
     start = lambda: load_pretrained(context, config.pit_model)  # noqa: E731
-    return likelihood_stage(context, "sft_pit", config.pit_model, settings, rows, start, unlikely=unlikely)
+    return likelihood_stage(context, stage, config.pit_model, settings, rows, start, unlikely=unlikely)
 
 
 # ---------------------------------------------------------------------------------------------------- reward models
@@ -381,25 +397,30 @@ def score_groups(
     return np.concatenate(out)[: len(groups)]
 
 
-def gap_scores(
-    context: Context, triples: Sequence[tuple[str, Sequence[int], Sequence[int]]], pairings: int = 1
-) -> np.ndarray:
-    """r_gap(x, y_1, y_2) of (x, y_1 ids, y_2 ids) without EOS, [len(triples) / pairings, pairings].
+def gap_scorer(context: Context) -> Callable[..., np.ndarray]:
+    """r_gap by R_PIT, or as r(x, y_1) - r(x, y_2) by R_P where the config says so (appendix C).
 
-    By R_PIT, or as r(x, y_1) - r(x, y_2) by R_P where the config says so (appendix C).
+    Returns:
+      score(triples, pairings=1): (x, y_1 ids, y_2 ids) without EOS -> r_gap(x, y_1, y_2), [len(triples) / pairings,
+      pairings]; those of one line share what they begin alike with.
     """
     e = context.encoder
     eos = e.tokenizer.eos_id
-    if not triples:
-        return np.zeros((0, pairings), np.float32)
-    if context.config.r_pit.loss == "r_p_difference":
-        form = lambda x, y: [*e.policy_prompt(x), *y, eos]  # noqa: E731
-        groups = [(form(x, y1), form(x, y2)) for x, y1, y2 in triples]
-        scores = score_groups(model_of(context, "r_p"), load_model(context, "r_p"), groups)
-        return (scores[:, 0] - scores[:, 1]).reshape(-1, pairings)
-    rows = [[*e.pit_prompt(x, y2), *y1, eos] for x, y1, y2 in triples]
-    groups = [rows[i : i + pairings] for i in range(0, len(rows), pairings)]
-    return score_groups(model_of(context, "r_pit"), load_model(context, "r_pit"), groups)
+    by_difference = context.config.r_pit.loss == "r_p_difference"
+    stage = "r_p" if by_difference else "r_pit"
+    model, params = model_of(context, stage), load_model(context, stage)
+
+    def score(triples: Sequence[tuple[str, Sequence[int], Sequence[int]]], pairings: int = 1) -> np.ndarray:
+        if not triples:
+            return np.zeros((0, pairings), np.float32)
+        if by_difference:
+            form = lambda x, y: [*e.policy_prompt(x), *y, eos]  # noqa: E731
+            scores = score_groups(model, params, [(form(x, y1), form(x, y2)) for x, y1, y2 in triples])
+            return (scores[:, 0] - scores[:, 1]).reshape(-1, pairings)
+        rows = [[*e.pit_prompt(x, y2), *y1, eos] for x, y1, y2 in triples]
+        return score_groups(model, params, [rows[i : i + pairings] for i in range(0, len(rows), pairings)])
+
+    return score
 
 
 def reward_stage(
@@ -466,7 +487,7 @@ def model_of(context: Context, stage: str) -> Transformer | ScalarModel:
     config, e = context.config, context.encoder
     if stage in REWARD_STAGES:
         return ScalarModel(sized(config.reward_model, e))
-    is_pit = stage in ("sft_pit", "arm_second_rl_only") or stage.startswith("rl_pit")
+    is_pit = stage in ("sft_pit", "arm_second_rl_only", COT_ARM) or stage.startswith("rl_pit")
     return Transformer(sized(config.pit_model if is_pit else config.policy_model, e))
 
 
@@ -476,7 +497,8 @@ def load_model(context: Context, stage: str) -> Params:
 
 
 @functools.cache
-def _jitted_generate(model: Transformer, settings: SamplingConfig, eos_id: int):
+def jitted_generate(model: Transformer, settings: SamplingConfig, eos_id: int):
+    """`sampling.generate` as a compiled function of (params, prompts, key)."""
     decode_model = Transformer(model.config, sharding.DECODE_RULES)
 
     def run(params, prompts, key):
@@ -502,7 +524,7 @@ def sample(
     for i, start in enumerate(range(0, len(prompts), batch_size)):
         chunk = [prompts[min(j, len(prompts) - 1)] for j in range(start, start + batch_size)]
         batch = sharding.shard_batch(batches.prompt_rows(chunk, batches.round_up(window)))
-        rollout = _jitted_generate(model, settings, eos_id)(params, batch, jax.random.fold_in(key, i))
+        rollout = jitted_generate(model, settings, eos_id)(params, batch, jax.random.fold_in(key, i))
         responses += response_ids(jax.device_get(rollout), eos_id)
     return responses[: len(prompts)]
 
@@ -514,10 +536,14 @@ def response_ids(rollout: Rollout, eos_id: int) -> list[list[int]]:
     return [[int(t) for t, m in zip(tokens, mask, strict=True) if m and t != eos_id] for tokens, mask in rows]
 
 
-def improvement_window(context: Context) -> int:
-    """New tokens of M_PIT: a response, behind its chain of thought where there is one."""
-    data = context.config.data
-    return data.response_window + (data.reflection_window if context.config.sft_pit.chain_of_thought else 0)
+def final_stage(config: PitConfig) -> str:
+    """The stage that leaves M_PIT behind."""
+    return f"rl_pit_{len(config.curriculum)}" if config.curriculum else "sft_pit"
+
+
+def has_thoughts(config: PitConfig, stage: str) -> bool:
+    """Whether the M_PIT of a stage writes c, y_w instead of y_w (appendix K)."""
+    return config.sft_pit.chain_of_thought or stage == COT_ARM
 
 
 # ------------------------------------------------------------------------------------------------------------------- RL
@@ -720,7 +746,7 @@ def stage_functions(context: Context) -> dict[str, Callable[[], dict]]:
     for stage, sizes in pretrained_models(config):
         functions[stage] = functools.partial(pretrain_stage, context, stage, sizes)
     functions["sft_policy"] = lambda: sft_policy_stage(context, "sft_policy", config.sft_policy)
-    functions["sft_pit"] = lambda: sft_pit_stage(context)
+    functions["sft_pit"] = lambda: sft_pit_stage(context, "sft_pit")
     fold = lambda name: context.rows[name]  # noqa: E731
     functions["r_p"] = lambda: reward_stage(context, "r_p", config.r_p, policy_groups, fold("rm"))
     functions["r_pit"] = lambda: reward_stage(context, "r_pit", config.r_pit, gap_groups, fold("rm"))
@@ -736,8 +762,37 @@ def stage_functions(context: Context) -> dict[str, Callable[[], dict]]:
         functions[f"rl_pit_{i}"] = functools.partial(pit_round, f"rl_pit_{i}", source, previous)
         previous = f"rl_pit_{i}"
     functions["arm_second_rl_only"] = lambda: pit_round("arm_second_rl_only", "policy", "sft_pit")
+    functions[COT_ARM] = lambda: sft_pit_stage(context, COT_ARM)
     functions["arm_longer_sft"] = lambda: sft_policy_stage(context, "arm_longer_sft", config.sft_pit)
     return functions
+
+
+def open_finished(root: str | Path, stages: Sequence[str], command: str = Context.command) -> Context:
+    """Opens a workdir to use what it holds; its data are not read yet.
+
+    Args:
+      root: the workdir.
+      stages: that must be done; "final" stands for the one that leaves M_PIT behind.
+      command: what the user typed, for messages.
+
+    Raises:
+      ValueError: where it is no workdir, or a stage is not done.
+    """
+    path = Path(root) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"--workdir={root} has no config.json: name the workdir of a `python -m pit_jax.train`")
+    try:
+        config = config_lib.from_config_dict(PitConfig, read_json(path))
+    except ValueError as error:
+        raise ValueError(f"{path} is not of this version of pit_jax: {error}") from error
+    workdir = Workdir.of(root)
+    stages = ["data", *(final_stage(config) if stage == "final" else stage for stage in stages)]
+    lacking = [stage for stage in stages if workdir.done(stage) is None]
+    if lacking:
+        raise ValueError(f"workdir {root} has not finished {', '.join(lacking)}: go on with `python -m pit_jax.train`")
+    context = Context(config, workdir, None, command)
+    load_encoder(context)
+    return context
 
 
 def run(

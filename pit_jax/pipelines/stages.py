@@ -61,6 +61,13 @@ class Workdir:
         self.root.mkdir(parents=True, exist_ok=True)
         write_json_atomic(path, ours)
 
+    @classmethod
+    def of(cls, root: str | Path) -> "Workdir":
+        """A workdir as it is; nothing is written or checked."""
+        workdir = cls.__new__(cls)
+        workdir.root = Path(root)
+        return workdir
+
     def _holds_work(self) -> bool:
         """Whether a stage is done or has saved a state: a start that failed before that binds nobody."""
         records = (path for path in self.root.glob("stages/*.json") if not path.name.endswith(".seconds.json"))

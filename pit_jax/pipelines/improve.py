@@ -1,0 +1,407 @@
+"""Improves answers with a trained workdir (Algorithm 2): methods behind one interface, stop rules, what each takes.
+
+A method turns (x, y_k) into y_{k+1}. `run` drives it over many rows: each goes on until one of its stop rules holds,
+and then frees its place in the batch for the next. The noise of a row depends on the key, its number and the iteration
+alone, so its answers do not depend on the rows that share its batch, nor on whether the run was stopped in between.
+
+Methods are compared by what they take: tokens that models read, tokens that they sample and tokens that reward models
+read, each counted per row.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from pit_jax import sharding
+from pit_jax.config import SamplingConfig
+from pit_jax.data import batches
+from pit_jax.data.encode import Encoder
+from pit_jax.pipelines import pit
+
+METHODS = {
+    "pit": ("final",),
+    "self_refine": ("rl_policy",),
+    "self_refine_one_call": ("rl_policy",),
+    "rerank": ("rl_policy", "r_p"),
+}
+"""Method -> the stages whose models it uses; "final" leaves M_PIT behind."""
+
+KEEP = ("last", "best")
+
+Ids = tuple[int, ...]
+
+
+class Step(NamedTuple):
+    """An answer and what it took.
+
+    Attributes:
+      ids: of the answer, without EOS.
+      read: tokens that policies were given to write it.
+      written: tokens that they sampled, EOS and feedback among them.
+      scored: tokens that reward models were given to choose it or to tell whether it is better.
+      parsed: False where the feedback could not be used, so that the answer is the one before.
+      gap: r_gap(x, y_k, y_{k-1}) by R_PIT; None for y_0, and where it was not asked for.
+      gain: gap - r_gap(x, y_{k-1}, y_{k-1}): how much further than a copy. A copy has 0, whatever the offset of R_PIT.
+    """
+
+    ids: Ids
+    read: int = 0
+    written: int = 0
+    scored: int = 0
+    parsed: bool = True
+    gap: float | None = None
+    gain: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        """All that it took."""
+        return self.read + self.written + self.scored
+
+
+Draws = np.ndarray
+"""[n, 2] uint32: row number and iteration of each answer to be written. They pick its noise."""
+
+Method = Callable[[Sequence[str], Sequence[Ids], jax.Array, Draws], list[Step]]
+"""(prompts, current answers, typed PRNG key, draws) -> next answers; gap and gain are not yet known."""
+
+Gains = Callable[[Sequence[str], Sequence[Ids], Sequence[Ids]], list[tuple[float, float, int]]]
+"""(prompts, answers, the ones before) -> (gap, gain, tokens read) of each."""
+
+
+# ------------------------------------------------------------------------------------------------------------- stopping
+
+
+@dataclasses.dataclass(frozen=True)
+class StopRules:
+    """When a row is done; the first rule of the list that holds is the reason.
+
+    Attributes:
+      identical: an answer equals the one before.
+      min_gain: an answer's gain is not above this; the one before is then the result. None: off.
+      max_tokens: the row has taken at least so many tokens; 0: off.
+      max_seconds: so much time has gone by since the start; 0: off.
+      iterations: K, at most so many new answers.
+      keep: last, or best: the answer up to which the gains add up to most.
+    """
+
+    identical: bool = False
+    min_gain: float | None = None
+    max_tokens: int = 0
+    max_seconds: float = 0.0
+    iterations: int = 1
+    keep: str = "last"
+
+    def __post_init__(self):
+        if self.iterations < 1:
+            raise ValueError(f"iterations={self.iterations}: at least 1")
+        if self.max_tokens < 0 or self.max_seconds < 0:
+            raise ValueError(f"max_tokens={self.max_tokens}, max_seconds={self.max_seconds}: not below 0")
+        if self.keep not in KEEP:
+            raise ValueError(f"keep={self.keep!r}: use {' or '.join(KEEP)}")
+
+    @property
+    def needs_gains(self) -> bool:
+        """Whether a rule asks R_PIT."""
+        return self.min_gain is not None or self.keep == "best"
+
+    def reason(self, steps: Sequence[Step], seconds: float = 0.0) -> str:
+        """Why a row with the answers y_0, y_1, ... stops, or an empty string."""
+        if self.identical and steps[-1].ids == steps[-2].ids:
+            return "identical"
+        if self.min_gain is not None and steps[-1].gain <= self.min_gain:
+            return "gap"
+        if self.max_tokens and sum(step.tokens for step in steps) >= self.max_tokens:
+            return "tokens"
+        if self.max_seconds and seconds >= self.max_seconds:
+            return "seconds"
+        return "iterations" if len(steps) > self.iterations else ""
+
+    def kept(self, steps: Sequence[Step], reason: str) -> int:
+        """Number of the answer that is the result."""
+        if self.keep == "best":
+            return int(np.argmax(np.cumsum([step.gain or 0.0 for step in steps])))
+        return len(steps) - 2 if reason == "gap" else len(steps) - 1
+
+
+def stopped(steps: Sequence[Step], rules: StopRules) -> tuple[int, int]:
+    """Where rules would have stopped a row that went on.
+
+    Args:
+      steps: y_0, y_1, ..., y_K.
+      rules: with iterations at most K.
+
+    Returns:
+      (number of the answer that is the result, number of answers that were written until then).
+    """
+    for k in range(1, len(steps)):
+        if reason := rules.reason(steps[: k + 1]):
+            return rules.kept(steps[: k + 1], reason), k
+    raise ValueError(f"iterations={rules.iterations}, but only {len(steps) - 1} were written")
+
+
+def calibrate(chains: Sequence[Sequence[Step]], scores: np.ndarray) -> float:
+    """The threshold of the gain at which rows stop (appendix J leaves the condition open).
+
+    The highest, which stops earliest, of those whose mean score is not more than a standard error of the difference
+    below the best one: scores of few rows cannot tell them apart. The thresholds looked at are those that tell rows
+    apart: one below all gains, and one at each.
+
+    Args:
+      chains: y_0 .. y_K of each row, with gains.
+      scores: [n, K + 1], of these answers by a judge that is not R_PIT.
+
+    Raises:
+      ValueError: where there are no rows.
+    """
+    if not len(chains):
+        raise ValueError("there are no rows to calibrate the threshold on")
+    gains = np.asarray([[step.gain for step in steps[1:]] for steps in chains])
+    K = gains.shape[1]
+    thresholds = np.concatenate([[gains.min() - 1.0], np.unique(gains)])
+
+    def reached(threshold):
+        below = gains <= threshold
+        kept = np.where(below.any(1), below.argmax(1), K)
+        return scores[np.arange(len(gains)), kept]
+
+    outcomes = np.stack([reached(threshold) for threshold in thresholds])
+    lost = outcomes[outcomes.mean(1).argmax()] - outcomes
+    error = lost.std(1, ddof=1) / len(chains) ** 0.5 if len(chains) > 1 else 0.0
+    return float(thresholds[lost.mean(1) <= error].max())
+
+
+# -------------------------------------------------------------------------------------------------------------- running
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One prompt whose answer is to become better.
+
+    Attributes:
+      number: of the row in its file; part of its noise.
+      prompt: x.
+      response: y_0, ids without EOS; None: M_P writes it.
+    """
+
+    number: int
+    prompt: str
+    response: Ids | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Improved:
+    """A finished row: y_0, y_1, ..., which of them is the result, and why it stopped there."""
+
+    row: Row
+    steps: tuple[Step, ...]
+    kept: int
+    stop: str
+
+
+def run(
+    rows: Iterable[Row],
+    method: Method,
+    first: Method,
+    gains: Gains | None,
+    rules: StopRules,
+    key: jax.Array,
+    batch_size: int,
+) -> Iterator[Improved]:
+    """Yields rows as they finish; at most `batch_size` are under way, and a new one takes the place of one that stops.
+
+    Args:
+      rows: what to improve.
+      method: writes the next answer.
+      first: writes y_0 where a row has none; the answers it is given are empty.
+      gains: of R_PIT; None where they are not asked for.
+      rules: when to stop.
+      key: typed PRNG key of the run.
+      batch_size: rows under way.
+    """
+    if gains is None and rules.needs_gains:
+        raise ValueError("a stop by gap and keep=best need R_PIT")
+    started = time.perf_counter()
+    waiting = iter(rows)
+    active: list[tuple[Row, list[Step]]] = []
+    while True:
+        new = [row for _, row in zip(range(batch_size - len(active)), waiting, strict=False)]
+        asked = [row for row in new if row.response is None]
+        draws = np.asarray([(row.number, 0) for row in asked], np.uint32)
+        written = iter(first([row.prompt for row in asked], [()] * len(asked), key, draws) if asked else ())
+        active += [(row, [next(written) if row.response is None else Step(tuple(row.response))]) for row in new]
+        if not active:
+            return
+        prompts, before = [row.prompt for row, _ in active], [steps[-1].ids for _, steps in active]
+        draws = np.asarray([(row.number, len(steps)) for row, steps in active], np.uint32)
+        after = method(prompts, before, key, draws)
+        if gains is not None:
+            after = with_gains(gains, prompts, after, before)
+        seconds = time.perf_counter() - started
+        remaining = []
+        for (row, steps), step in zip(active, after, strict=True):
+            steps = [*steps, step]
+            if reason := rules.reason(steps, seconds):
+                yield Improved(row, tuple(steps), rules.kept(steps, reason), reason)
+            else:
+                remaining.append((row, steps))
+        active = remaining
+
+
+def with_gains(gains: Gains, prompts: Sequence[str], after: Sequence[Step], before: Sequence[Ids]) -> list[Step]:
+    """The steps with gap, gain and what it took to know them."""
+    values = gains(prompts, [step.ids for step in after], before)
+    return [
+        step._replace(gap=gap, gain=gain, scored=step.scored + scored)
+        for step, (gap, gain, scored) in zip(after, values, strict=True)
+    ]
+
+
+# -------------------------------------------------------------------------------------------------------------- methods
+
+
+class Sampler:
+    """A model of a finished stage that answers prompts, `size` at a time so that one program serves all."""
+
+    def __init__(self, context: pit.Context, stage: str, window: int, settings: SamplingConfig, size: int):
+        """Args: stage: of the model; window: longest prompt; settings: of sampling; size: rows of a batch."""
+        self._eos = context.encoder.tokenizer.eos_id
+        self._params = pit.load_model(context, stage)
+        self._generate = pit.jitted_generate(pit.model_of(context, stage), settings, self._eos)
+        self._window, self._size = batches.round_up(window), batches.round_up(size, sharding.mesh_shape()["data"])
+
+    def __call__(self, prompts: Sequence[Sequence[int]], key: jax.Array, draws: Draws) -> list[Step]:
+        """One answer per prompt."""
+        steps = []
+        for start in range(0, len(prompts), self._size):
+            index = np.minimum(np.arange(start, start + self._size), len(prompts) - 1)
+            arrays = sharding.shard_batch(batches.prompt_rows([prompts[i] for i in index], self._window))
+            rollout = jax.device_get(self._generate(self._params, arrays, _row_keys(key, draws[index])))
+            written = np.sum(rollout.response_mask, axis=1)
+            steps += [
+                Step(tuple(ids), read=len(prompts[i]), written=int(n))
+                for i, ids, n in zip(index, pit.response_ids(rollout, self._eos), written, strict=True)
+            ]
+        return steps[: len(prompts)]
+
+
+@jax.jit
+def _row_keys(key: jax.Array, draws: Draws) -> jax.Array:
+    return jax.vmap(lambda draw: jax.random.fold_in(jax.random.fold_in(key, draw[0]), draw[1]))(draws)
+
+
+def policy(context: pit.Context, stage: str, temperature: float, size: int) -> Method:
+    """M_P's own answers; the current ones are not looked at."""
+    e = context.encoder
+    settings = SamplingConfig(context.config.data.response_window, temperature)
+    sampler = Sampler(context, stage, e.policy_window, settings, size)
+    return lambda xs, _, key, draws: sampler([e.policy_prompt(x) for x in xs], key, draws)
+
+
+def pit_method(context: pit.Context, stage: str, temperature: float, size: int) -> Method:
+    """M_PIT reads the answer and writes a better one."""
+    e, data = context.encoder, context.config.data
+    thoughts = pit.has_thoughts(context.config, stage)
+    window = data.response_window + (data.reflection_window if thoughts else 0)
+    sampler = Sampler(context, stage, e.pit_window, SamplingConfig(window, temperature), size)
+
+    def improve(xs, ys, key, draws):
+        steps = sampler([e.pit_prompt(x, y) for x, y in zip(xs, ys, strict=True)], key, draws)
+        return [step._replace(ids=without_thoughts(e, step.ids)) for step in steps] if thoughts else steps
+
+    return improve
+
+
+def self_refine(context: pit.Context, stage: str, temperature: float, size: int) -> Method:
+    """Self-Refine in two calls (appendix E.1): M_P writes feedback on its answer, then a better answer.
+
+    Feedback that is empty or does not end within its window cannot be used: the answer stays.
+    """
+    e, data = context.encoder, context.config.data
+    feedback_settings = SamplingConfig(data.reflection_window, temperature)
+    critic = Sampler(context, stage, e.reflection_prompt_window, feedback_settings, size)
+    settings = SamplingConfig(data.response_window, temperature)
+    refiner = Sampler(context, stage, e.refinement_prompt_window, settings, size)
+
+    def improve(xs, ys, key, draws):
+        prompts = [e.reflection_prompt(x, y) for x, y in zip(xs, ys, strict=True)]
+        feedback = critic(prompts, jax.random.fold_in(key, 1), draws)
+        usable = [0 < len(f.ids) < data.reflection_window for f in feedback]
+        prompts = [e.refinement_prompt(x, y, f.ids) for x, y, f in zip(xs, ys, feedback, strict=True)]
+        asked = [i for i, ok in enumerate(usable) if ok]
+        refined = refiner([prompts[i] for i in asked], jax.random.fold_in(key, 2), draws[asked]) if asked else []
+        steps = [Step(tuple(y), f.read, f.written, parsed=False) for y, f in zip(ys, feedback, strict=True)]
+        for i, step in zip(asked, refined, strict=True):
+            written = feedback[i].written + step.written
+            steps[i] = Step(step.ids, feedback[i].read + step.read, written)
+        return steps
+
+    return improve
+
+
+def self_refine_one_call(context: pit.Context, stage: str, temperature: float, size: int) -> Method:
+    """Self-Refine in one call (appendix B): M_P is asked for a better answer at once."""
+    e = context.encoder
+    settings = SamplingConfig(context.config.data.response_window, temperature)
+    sampler = Sampler(context, stage, e.one_call_prompt_window, settings, size)
+
+    def improve(xs, ys, key, draws):
+        return sampler([e.one_call_prompt(x, y) for x, y in zip(xs, ys, strict=True)], key, draws)
+
+    return improve
+
+
+def rerank(context: pit.Context, stage: str, temperature: float, size: int) -> Method:
+    """M_P answers once more, and R_P takes the better of the two: after K iterations the best of K + 1."""
+    e = context.encoder
+    sample = policy(context, stage, temperature, size)
+    model, params = pit.model_of(context, "r_p"), pit.load_model(context, "r_p")
+
+    def improve(xs, ys, key, draws):
+        new = sample(xs, ys, key, draws)
+        form = lambda x, y: [*e.policy_prompt(x), *y, e.tokenizer.eos_id]  # noqa: E731
+        groups = [(form(x, y), form(x, step.ids)) for x, y, step in zip(xs, ys, new, strict=True)]
+        scores = pit.score_groups(model, params, groups, batch_size=size)
+        # The score of the earlier answer is known from the iteration before: a row reads the new one alone.
+        return [
+            step._replace(ids=step.ids if b > a else tuple(y), scored=len(group[1]))
+            for step, y, group, (a, b) in zip(new, ys, groups, scores, strict=True)
+        ]
+
+    return improve
+
+
+def make_method(context: pit.Context, name: str, temperature: float, size: int) -> Method:
+    """A method of `METHODS` with the models of the finished run."""
+    if name not in METHODS:
+        raise ValueError(f"method {name!r}: use one of {', '.join(METHODS)}")
+    if name == "pit":
+        return pit_method(context, pit.final_stage(context.config), temperature, size)
+    make = {"self_refine": self_refine, "self_refine_one_call": self_refine_one_call, "rerank": rerank}[name]
+    return make(context, "rl_policy", temperature, size)
+
+
+def make_gains(context: pit.Context) -> Gains:
+    """Gaps and gains by R_PIT, or by the difference of R_P where the config has no R_PIT."""
+    e, score = context.encoder, pit.gap_scorer(context)
+
+    def gains(xs, ys, refs):
+        triples = [t for x, y, ref in zip(xs, ys, refs, strict=True) for t in ((x, y, ref), (x, ref, ref))]
+        gaps = score(triples, pairings=2)
+        read = [len(e.pit_prompt(x, ref)) + len(y) + len(ref) + 2 for x, y, ref in zip(xs, ys, refs, strict=True)]
+        return [(float(gap), float(gap - copy), n) for (gap, copy), n in zip(gaps, read, strict=True)]
+
+    return gains
+
+
+def without_thoughts(encoder: Encoder, ids: Sequence[int]) -> Ids:
+    """The response behind a chain of thought, c and a line break (appendix K); all of it where there is none.
+
+    Ends, as any sample does, at the response window: thoughts and response share one longer window.
+    """
+    _, found, response = encoder.text(ids).partition("\n")
+    ids = encoder.response(response)[:-1] if found else ids
+    return tuple(ids[: encoder.response_window])
