@@ -57,7 +57,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["pit_jax", "pit_jax.*"]),
-    package_data={"pit_jax": ["data/templates/*.txt"]},
+    package_data={"pit_jax": ["data/templates/*.txt", "evaluation/prompts/*.txt", "evaluation/*.html"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
 )

@@ -11,10 +11,19 @@ from pathlib import Path
 import jax
 from absl import app, flags, logging
 
-from pit_jax import sharding
+from pit_jax import client, sharding
 from pit_jax.data.sources import DataError
-from pit_jax.evaluation import pit as evaluation
+from pit_jax.evaluation import judges, llm_judge, pit as evaluation
 from pit_jax.pipelines import pit
+
+COMPARISONS = (
+    "original_vs_chosen",
+    "pit_vs_original",
+    "self_refine_vs_original",
+    "pit_vs_self_refine",
+    "chosen_vs_rejected",
+)
+"""Those of Tables 1 and 4."""
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a finished `python -m pit_jax.train`.")
 _TABLES = flags.DEFINE_list("tables", ["all"], f"all, or some of {', '.join(evaluation.TABLES)}.")
@@ -22,6 +31,21 @@ _JUDGES = flags.DEFINE_list("judges", ["verifier", "evaluator"], f"Of {', '.join
 _ITERATIONS = flags.DEFINE_integer("iterations", 5, "K: iterations of each method.")
 _TEMPERATURES = flags.DEFINE_list("temperatures", ["0", "0.2", "0.4", "0.6", "0.8", "1"], "Of the temperature sweep.")
 _SHUFFLES = flags.DEFINE_integer("shuffles", 100, "Orders of the comparisons for Elo.")
+_REWARD_MODEL = flags.DEFINE_string("reward_model", None, "Judge: a Hugging Face reward model, a folder or a name.")
+_LLM_MODEL = flags.DEFINE_string("llm_model", None, "Judge: a language model of an OpenAI-compatible server.")
+_LLM_BASE_URL = flags.DEFINE_string("llm_base_url", "https://api.openai.com/v1", "Address of the server.")
+_LLM_KEY_ENV = flags.DEFINE_string("llm_key_env", "OPENAI_API_KEY", "Environment variable with the key.")
+_LLM_PROMPT = flags.DEFINE_string("llm_prompt", None, "helpful, summary, instructions, or a file of your own (.txt).")
+_LLM_PROMPTS = flags.DEFINE_integer("llm_prompts", 128, "How many test prompts it is asked about.", lower_bound=1)
+_LLM_IN_FLIGHT = flags.DEFINE_integer("llm_in_flight", 32, "Requests at a time.", lower_bound=1)
+_LLM_MAX_TOKENS = flags.DEFINE_integer("llm_max_tokens", 1024, "Longest reply.", lower_bound=1)
+_LLM_EXTRA = flags.DEFINE_string("llm_extra", "", "A JSON object of further request fields.")
+_LLM_COMPARISONS = flags.DEFINE_list("llm_comparisons", list(COMPARISONS), "What it is asked about.")
+
+
+_SHEET = flags.DEFINE_string("sheet", None, "Write a blind sheet for annotators of this comparison.")
+_SHEET_SIZE = flags.DEFINE_integer("sheet_size", 170, "Prompts of the sheet.", lower_bound=1)
+_VERDICTS = flags.DEFINE_list("verdicts", [], "Files that annotators have saved; they are kept in the workdir.")
 
 
 def options_of_flags() -> evaluation.Options:
@@ -44,6 +68,37 @@ def options_of_flags() -> evaluation.Options:
     )
 
 
+def judges_of_flags(context: pit.Context) -> evaluation.MoreJudges:
+    """Judges that are not the run's own.
+
+    Raises:
+      ValueError: where they cannot be asked, before anything is generated.
+    """
+    makers = []
+    if _REWARD_MODEL.value:
+        makers.append(lambda m: judges.hf_judge(_REWARD_MODEL.value, m.root / "scores" / m.split, m.rows))
+    if _LLM_MODEL.value:
+        synthetic = context.config.data.source == "synthetic"
+        template = llm_judge.load_template(_LLM_PROMPT.value or ("instructions" if synthetic else "helpful"))
+        config = client.ClientConfig(
+            base_url=_LLM_BASE_URL.value,
+            model=_LLM_MODEL.value,
+            max_tokens=_LLM_MAX_TOKENS.value,
+            extra=_LLM_EXTRA.value,
+            max_in_flight=_LLM_IN_FLIGHT.value,
+            cache=str(context.workdir.root / "evaluation" / "calls"),
+            api_key_env=_LLM_KEY_ENV.value,
+        )
+        comparisons = tuple(_LLM_COMPARISONS.value)
+        makers.append(
+            lambda m: judges.language_model_judge(
+                config, template, m.root / "verdicts" / m.split, m.rows, _LLM_PROMPTS.value, comparisons
+            )
+        )
+    people = judges.human_judge(evaluation.human_folder(context.workdir.root))
+    return lambda maker: [make(maker) for make in makers] + ([people] if people else [])
+
+
 def main(argv: list[str]) -> None:
     """A user's mistake ends in one line on stderr and status 2."""
     if len(argv) > 1:
@@ -57,9 +112,13 @@ def main(argv: list[str]) -> None:
         command = f"python -m pit_jax.train --config=... --workdir={workdir}"
         context = pit.open_finished(workdir, ["rl_policy", "final", "evaluator"], command)
         with jax.set_mesh(sharding.make_mesh(context.config.mesh.data, context.config.mesh.model)):
-            pit.load_data(context)
-            evaluation.evaluate(context, options)
-    except (DataError, ValueError) as error:
+            pit.load_data(context, ("selection", "test"))
+            evaluation.add_verdicts(workdir, _VERDICTS.value)
+            run = evaluation.Evaluation(context, options, judges_of_flags(context))
+            evaluation.write(run, " ".join(["python -m pit_jax.evaluate", *sys.argv[1:]]))
+            if _SHEET.value:
+                print(f"A sheet for annotators: {evaluation.write_sheet(run, _SHEET.value, _SHEET_SIZE.value)}")
+    except (DataError, ValueError, ImportError) as error:
         if flags.FLAGS["v"].value > 0:
             raise
         print(f"error: {error}", file=sys.stderr)
@@ -68,7 +127,7 @@ def main(argv: list[str]) -> None:
         print("stopped; the same command goes on with what is in evaluation/", file=sys.stderr)
         sys.exit(130)
     print((workdir / "tables.txt").read_text(encoding="utf-8"))
-    print(f"Everything is in {workdir}: results.json, tables/, evaluation/, samples/test.jsonl.")
+    print(f"Everything is in {workdir}: report/index.html, results.json, tables/, evaluation/, samples/test.jsonl.")
 
 
 def run() -> None:

@@ -8,24 +8,18 @@ M_P writes one first. --output gets one line for each, in the same order: every 
 R_PIT, which of them is the result, and why the row stopped.
 """
 
-import dataclasses
-import hashlib
-import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 from absl import app, flags, logging
 
 from pit_jax import sharding
-from pit_jax.data.answers import Answer, read_answers
 from pit_jax.data.sources import DataError
-from pit_jax.evaluation import answers, pit as evaluation
-from pit_jax.files import sync_directory
-from pit_jax.pipelines import improve, pit
-from pit_jax.pipelines.improve import Improved, Row, StopRules
+from pit_jax.evaluation import pit as evaluation
+from pit_jax.pipelines import improve, improve_file, pit
+from pit_jax.pipelines.improve import StopRules
 
 STOPS = ("identical", "gap")
 
@@ -47,24 +41,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of all samples.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Rows under way at a time.", lower_bound=1)
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What the output depends on, beside input and models.
-
-    Attributes:
-      method: of `improve.METHODS`.
-      rules: when a row stops.
-      temperature: of all samples.
-      seed: of all samples.
-    """
-
-    method: str
-    rules: StopRules
-    temperature: float
-    seed: int
-
-
-def settings_of_flags(context: pit.Context) -> Settings:
+def settings_of_flags(context: pit.Context) -> improve_file.Settings:
     """The flags as settings; the threshold of the gain is calibrated where it is asked for and not given.
 
     Raises:
@@ -87,7 +64,7 @@ def settings_of_flags(context: pit.Context) -> Settings:
         iterations=_ITERATIONS.value,
         keep=_KEEP.value,
     )
-    return Settings(_METHOD.value, rules, _TEMPERATURE.value, _SEED.value)
+    return improve_file.Settings(_METHOD.value, rules, _TEMPERATURE.value, _SEED.value)
 
 
 def calibrated(context: pit.Context) -> float:
@@ -95,212 +72,12 @@ def calibrated(context: pit.Context) -> float:
     if _METHOD.value == "rerank":
         raise ValueError("--stop=gap with --method=rerank needs --min_gain: its answers never become worse by R_P")
     print("calibrating --min_gain on the selection rows", file=sys.stderr)
-    pit.load_data(context)
+    pit.load_data(context, ("selection", "test"))
     options = evaluation.Options(num_iterations=_ITERATIONS.value)
     run = evaluation.Evaluation(context, options)
     threshold = evaluation.calibrated_threshold(run, _METHOD.value, _TEMPERATURE.value)
     print(f"--min_gain={threshold:.4f}", file=sys.stderr)
     return threshold
-
-
-class Improver:
-    """Rows in, improved rows out, with the models of a workdir."""
-
-    def __init__(self, context: pit.Context, settings: Settings, size: int):
-        self.context, self.settings, self.size = context, settings, size
-        self._method = improve.make_method(context, settings.method, settings.temperature, size)
-        self._first = None
-        gap_stage = "r_p" if context.config.r_pit.loss == "r_p_difference" else "r_pit"
-        has_gaps = context.workdir.done(gap_stage) is not None
-        if settings.rules.needs_gains and not has_gaps:
-            raise ValueError(f"--stop=gap and --keep=best need R_PIT, but {context.workdir.root} has not finished it")
-        self._gains = improve.make_gains(context) if has_gaps else None
-
-    def _first_answers(self, *arguments):
-        if self._first is None:  # most files bring their answers
-            lacking = self.context.workdir.done("rl_policy") is None
-            if lacking:
-                raise ValueError("a row without a response needs M_P, but the workdir has not finished rl_policy")
-            self._first = improve.policy(self.context, "rl_policy", self.settings.temperature, self.size)
-        return self._first(*arguments)
-
-    def row(self, answer: Answer) -> Row:
-        """A line as a row.
-
-        Raises:
-          DataError: where it is too long for the windows that the models were trained with; nothing is ever cut.
-        """
-        e, data = self.context.encoder, self.context.config.data
-        prompt = answer.prompt + pit.prompt_ending(self.context, answer.prompt)
-        where = f"line {answer.number}" if answer.number else "here"
-        size = len(e.tokenizer.encode(prompt))
-        if size > data.prompt_window:
-            raise DataError(f"{where}: the prompt has {size} tokens, but the models read {data.prompt_window}")
-        if answer.response is None:
-            return Row(answer.number, prompt)
-        ids = tuple(e.tokenizer.encode(answer.response))
-        if len(ids) > data.response_window:
-            raise DataError(f"{where}: the response has {len(ids)} tokens, but the models read {data.response_window}")
-        return Row(answer.number, prompt, ids)
-
-    def __call__(self, rows: Iterator[Row]) -> Iterator[Improved]:
-        """Rows as they finish."""
-        key, rules = jax.random.key(self.settings.seed), self.settings.rules
-        return improve.run(rows, self._method, self._first_answers, self._gains, rules, key, self.size)
-
-    def line(self, answer: Answer, improved: Improved) -> dict:
-        """What the output says of a row."""
-        texts = [self.context.encoder.text(step.ids) for step in improved.steps]
-        if answer.response is not None:
-            texts[0] = answer.response
-        steps = []
-        for text, step in zip(texts, improved.steps, strict=True):
-            steps.append({"response": text, "read": step.read, "written": step.written, "scored": step.scored})
-            if step.gap is not None:
-                steps[-1] |= {"gap": step.gap, "gain": step.gain}
-            if not step.parsed:
-                steps[-1]["parsed"] = False
-        found = {"line": answer.number, "prompt": answer.prompt, "response": texts[improved.kept]}
-        found |= {"kept": improved.kept, "stop": improved.stop, "steps": steps}
-        return found | {"tokens": sum(step.tokens for step in improved.steps)}
-
-
-class Progress:
-    """Finished rows beside the output, so that a run that is killed goes on without doing them again."""
-
-    def __init__(self, output: Path, made_from: dict):
-        """Opens or begins OUTPUT.partial.
-
-        Raises:
-          ValueError: where it is of another input or other settings.
-        """
-        self.path = output.with_name(output.name + ".partial")
-        self.lines: dict[int, dict] = {}
-        if self.path.exists() and self.path.stat().st_size:
-            complete = self.path.read_bytes()
-            complete = complete[: complete.rfind(b"\n") + 1]  # a line that was cut short is done again
-            header, *lines = map(json.loads, complete.decode("utf-8").splitlines())
-            differing = [name for name in made_from if header.get(name) != made_from[name]]
-            if differing:
-                raise ValueError(
-                    f"{self.path} is of a run with other {', '.join(differing)}: delete it, or name another --output"
-                )
-            self.lines = {line["line"]: line for line in lines}
-            with open(self.path, "r+b") as file:
-                file.truncate(len(complete))
-        self._file = open(self.path, "a", encoding="utf-8", newline="")  # noqa: SIM115
-        if not self._file.tell():
-            self._write(made_from)
-
-    def add(self, line: dict) -> None:
-        """Keeps a finished row."""
-        self.lines[line["line"]] = line
-        self._write(line)
-
-    def _write(self, line: dict) -> None:
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self._file.flush()
-
-    def finish(self, output: Path) -> None:
-        """Writes all rows in the order of the input and takes the file of the progress away."""
-        self._file.close()
-        beside = self.path.with_name(self.path.name + ".sorted")
-        with open(beside, "w", encoding="utf-8", newline="") as file:
-            for number in sorted(self.lines):
-                file.write(json.dumps(self.lines[number], ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, output)
-        sync_directory(output.parent)
-        self.path.unlink()
-
-
-def improve_file(improver: Improver, source: Path, output: Path) -> list[dict]:
-    """Improves a file.
-
-    Returns:
-      The lines of the output.
-
-    Raises:
-      ValueError: where the output is there already, or cannot be written.
-    """
-    context, settings = improver.context, improver.settings
-    if output.exists():
-        raise ValueError(f"--output={output} is there already: name another, or delete it")
-    if not output.parent.is_dir():
-        raise ValueError(f"--output={output}: there is no folder {output.parent}")
-    stages = [pit.final_stage(context.config) if s == "final" else s for s in improve.METHODS[settings.method]]
-    made_from = {
-        "input": hashlib.sha256(source.read_bytes()).hexdigest() if source.is_file() else "",
-        "settings": json.loads(json.dumps(dataclasses.asdict(settings))),
-        "models": {stage: answers.model_digest(context, stage) for stage in stages},
-    }
-    found = {answer.number: answer for answer in read_answers(source)}
-    progress = Progress(output, made_from)
-    if progress.lines:
-        print(f"{len(progress.lines)} of {len(found)} rows were done before", file=sys.stderr)
-    waiting = []
-    for number, answer in found.items():
-        if number in progress.lines:
-            continue
-        try:
-            if answer.error:
-                raise DataError(answer.error)
-            waiting.append(improver.row(answer))
-        except DataError as error:
-            print(f"{source}, {error}", file=sys.stderr)
-            progress.add({"line": number, "error": str(error)})
-    for done in improver(iter(waiting)):
-        progress.add(improver.line(found[done.row.number], done))
-        if sys.stderr.isatty():
-            end = "\n" if len(progress.lines) == len(found) else ""
-            print(f"\r{len(progress.lines)} of {len(found)} rows", end=end, file=sys.stderr, flush=True)
-    progress.finish(output)
-    return [progress.lines[number] for number in sorted(progress.lines)]
-
-
-def summary(lines: list[dict]) -> str:
-    """What happened, in a few words."""
-    done = [line for line in lines if "error" not in line]
-    text = [f"{len(done)} of {len(lines)} rows improved"]
-    if len(done) < len(lines):
-        text.append(f"{len(lines) - len(done)} could not be read or are too long (see above)")
-    if done:
-        reasons = {reason: sum(line["stop"] == reason for line in done) for reason in {line["stop"] for line in done}}
-        text.append("stopped by " + ", ".join(f"{reason} {n}" for reason, n in sorted(reasons.items())))
-        changed = sum(line["response"] != line["steps"][0]["response"] for line in done)
-        text.append(f"{changed} got another answer")
-        text.append(f"{sum(line['tokens'] for line in done) / len(done):.0f} tokens per row")
-    return "; ".join(text) + "."
-
-
-def interactive(improver: Improver) -> None:
-    """Asks for a prompt and an answer at a time; an empty prompt or the end of the input ends it."""
-    print("An empty prompt ends this; an empty answer lets M_P write one.")
-    number = 0
-    while True:
-        try:
-            prompt = input("prompt: ")
-            response = input("answer: ") if prompt.strip() else ""
-        except EOFError:
-            print()
-            return
-        if not prompt.strip():
-            return
-        number += 1
-        answer = Answer(number, prompt, response or None)
-        try:
-            row = improver.row(answer)
-        except DataError as error:
-            print(f"  {error}")
-            continue
-        (done,) = improver(iter([row]))
-        line = improver.line(answer, done)
-        for k, step in enumerate(line["steps"]):
-            gain = f"  gain {step['gain']:+.2f}" if "gain" in step else ""
-            mark = " *" if k == line["kept"] else "  "
-            print(f" {mark}{k}: {step['response']}{gain}")
-        print(f"   stopped: {line['stop']}; {line['tokens']} tokens; * is the result", flush=True)
 
 
 def main(argv: list[str]) -> None:
@@ -317,11 +94,12 @@ def main(argv: list[str]) -> None:
         context = pit.open_finished(workdir, improve.METHODS[_METHOD.value])
         with jax.set_mesh(sharding.make_mesh(context.config.mesh.data, context.config.mesh.model)):
             size = 1 if _INTERACTIVE.value else _BATCH_SIZE.value
-            improver = Improver(context, settings_of_flags(context), size)
+            improver = improve_file.Improver(context, settings_of_flags(context), size)
             if _INTERACTIVE.value:
-                interactive(improver)
+                improve_file.interactive(improver)
             else:
-                print(summary(improve_file(improver, Path(_INPUT.value), Path(_OUTPUT.value))))
+                lines = improve_file.run(improver, Path(_INPUT.value), Path(_OUTPUT.value))
+                print(improve_file.summary(lines))
     except (DataError, ValueError) as error:
         if flags.FLAGS["v"].value > 0:
             raise

@@ -144,7 +144,8 @@ def scored(monkeypatch):
 
 
 def gap_context(encoder, loss):
-    return types.SimpleNamespace(config=PitConfig(r_pit=RewardModelConfig(loss=loss)), encoder=encoder)
+    workdir = types.SimpleNamespace(model_digest=lambda stage: stage)
+    return types.SimpleNamespace(config=PitConfig(r_pit=RewardModelConfig(loss=loss)), encoder=encoder, workdir=workdir)
 
 
 TRIPLES = [("x", [words_of[y1]], [words_of[y2]]) for words_of in [WordTokenizer.words] for y1, y2 in GAP_PAIRINGS]
@@ -177,12 +178,7 @@ def answer_set(name, *ids):
     return store.AnswerSet(name, {"name": name}, [Step((y,)) for y in ids], [str(y) for y in ids], 0.0)
 
 
-@pytest.fixture
-def without_models(monkeypatch):
-    monkeypatch.setattr(judges, "model_digest", lambda context, stage: stage)
-
-
-def test_the_evaluator_scores_each_answer_in_its_place(words, scored, without_models, tmp_path):
+def test_the_evaluator_scores_each_answer_in_its_place(words, scored, tmp_path):
     """Policy form, one row per answer; with w = 21, l = 22 and c = 23 the scores say which answer it was."""
     w, l, c = (WordTokenizer.words[word] for word in "wlc")
     judge = judges.reward_model_judge(gap_context(words, "gap"), "evaluator", tmp_path, [ROW, ROW])
@@ -195,7 +191,7 @@ def test_the_evaluator_scores_each_answer_in_its_place(words, scored, without_mo
     assert again.scores(fresh).tolist() == [220, 230] and len(scored) == 2, "scores are kept on disk"
 
 
-def test_r_pit_is_asked_in_both_orders(words, scored, without_models, tmp_path):
+def test_r_pit_is_asked_in_both_orders(words, scored, tmp_path):
     """score_groups of the fixture gives 10 * y_1 - y_2: the order 22 over 21 is 220 - 21 against 210 - 22."""
     w, l = (WordTokenizer.words[word] for word in "wl")
     judge = judges.gap_judge(gap_context(words, "gap"), tmp_path, [ROW, ROW, ROW])

@@ -2,43 +2,11 @@
 
 import gzip
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-ROOT = Path(__file__).parent.parent
-CONFIG = "configs/pit_synthetic.py:smoke"
-ADAPTIVE = "--config.ppo.adaptive_kl=True"  # the controller's state has to come back as well
-
-
-def train(workdir, *flags, config=CONFIG, program=("-m", "pit_jax.train"), cache=None):
-    """Runs the command in a process of its own."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
-    if cache:
-        environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
-    flags = (ADAPTIVE, *flags) if config == CONFIG else flags
-    command = [sys.executable, *program, f"--config={config}", f"--workdir={workdir}", *flags]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """One compilation cache for all runs."""
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, cache):
-    """A finished smoke run and what it printed."""
-    workdir = tmp_path_factory.mktemp("run") / "smoke"
-    result = train(workdir, cache=cache)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return workdir, result.stdout
+from commands import train
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +19,7 @@ def until_rl(finished, tmp_path_factory):
             shutil.rmtree(workdir / folder / name, ignore_errors=True)
         (workdir / "stages" / f"{name}.json").unlink()
     (workdir / "results.json").unlink()
+    shutil.rmtree(workdir / "evaluation")
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     kept = [line for line in lines if not json.loads(line)["stage"].startswith("rl_")]
     (workdir / "metrics.jsonl").write_text("".join(line + "\n" for line in kept))
@@ -73,8 +42,8 @@ def contents(workdir):
         metrics[key] = {k: v for k, v in line.items() if k not in ("time", "seconds")}
     results = json.loads((workdir / "results.json").read_text())
     del results["missing"]  # names the workdir
-    for stage in results["stages"].values():
-        del stage["seconds"]
+    for line in (*results["stages"].values(), *results["costs"].values()):
+        del line["seconds"]
     return arrays, metrics, results
 
 

@@ -88,7 +88,7 @@ class Maker:
         if plan.method in ("chosen", "rejected"):
             return spec
         spec |= {"seed": self.context.config.seed, "temperature": self._temperature(plan), "name": plan.name}
-        spec |= {"models": {stage: model_digest(self.context, stage) for stage in self._stages(plan)}}
+        spec |= {"models": {stage: self.context.workdir.model_digest(stage) for stage in self._stages(plan)}}
         if plan.of:
             spec |= {"of": plan.of, "of_digest": store.digest(self[plan.of].spec), "shuffled": plan.shuffled}
         return spec
@@ -121,9 +121,3 @@ class Maker:
         draws = np.asarray([(i, 0) for i in range(len(self.rows))], np.uint32)
         method = self._method(plan.method, plan.stage, self._temperature(plan))
         return method([row.prompt for row in self.rows], current, key, draws)
-
-
-def model_digest(context: pit.Context, stage: str) -> str:
-    """Names the parameters that a stage has left, by their checksums."""
-    manifest = context.workdir.root / "models" / stage / "0" / "manifest.json"
-    return store.digest(manifest.read_text(encoding="utf-8"))

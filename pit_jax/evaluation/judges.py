@@ -4,33 +4,26 @@ A judge that scores answers one by one (the verifier, a reward model) compares s
 language model, people) sees each pair in both orders, or in a shuffled one. What a judge has said is kept on disk.
 """
 
+import functools
+import re
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from pit_jax import client
 from pit_jax.data import verifier
-from pit_jax.evaluation import store, win_rate
-from pit_jax.evaluation.answers import model_digest
+from pit_jax.evaluation import hf_reward, human, llm_judge, store, win_rate
 from pit_jax.evaluation.store import AnswerSet, Spec
+from pit_jax.evaluation.win_rate import Verdicts
+from pit_jax.files import read_json
 from pit_jax.pipelines import pit
 from pit_jax.types import PreferenceExample
 
 TIE_BAND = (0.45, 0.55)
 """sigma(r1 - r2) within it is a tie for a reward model (section 4.4)."""
-
-
-class Verdicts(NamedTuple):
-    """Who wins each prompt.
-
-    Attributes:
-      outcome: [n] int8: 1 the first is better, -1 the second, 0 neither.
-      mask: [n] bool, false where the judge gave no verdict.
-    """
-
-    outcome: np.ndarray
-    mask: np.ndarray
 
 
 class Judge(NamedTuple):
@@ -73,13 +66,13 @@ def by_scores(
         if answers.name not in known:
             of = spec | {"answers": store.digest(answers.spec)}
             make = lambda: {"scores": [float(x) for x in score(answers)]}  # noqa: E731
-            path = root / "scores" / name / f"{answers.name}.json"
+            path = root / name / f"{answers.name}.json"
             known[answers.name] = np.asarray(store.values(path, of, make)["scores"])
         return known[answers.name]
 
     def compare(first: AnswerSet, second: AnswerSet) -> Verdicts:
         outcome = win_rate.compare(scores(first), scores(second), tie_band=tie_band)
-        return Verdicts(outcome, np.ones(outcome.shape, np.bool_))
+        return Verdicts(outcome, *np.ones((2, *outcome.shape), np.bool_))
 
     return Judge(name, compare, scores)
 
@@ -89,6 +82,7 @@ def by_pairs(
     root: Path,
     spec: Spec,
     judge: Callable[[AnswerSet, AnswerSet], dict[str, Any]],
+    comparisons: tuple[str, ...] | None = None,
 ) -> Judge:
     """A judge that looks at pairs; its verdicts on (b, a) are those on (a, b) with the other sign.
 
@@ -96,11 +90,13 @@ def by_pairs(
       name: of the judge.
       root: folder of the verdicts of a split.
       spec: what the judge is made from.
-      judge: (first, second) -> {"outcome": 1, 0, -1 or None per prompt, and whatever else is worth keeping}.
+      judge: (first, second) -> {"outcome": 1, 0, -1 or None for each of the first prompts, as many as were asked, and
+        whatever else is worth keeping}.
+      comparisons: see `Judge`.
     """
 
     def look(first: AnswerSet, second: AnswerSet) -> tuple[dict[str, Any], int]:
-        path = lambda a, b: root / "verdicts" / name / f"{a.name}_vs_{b.name}.json"  # noqa: E731
+        path = lambda a, b: root / name / f"{a.name}_vs_{b.name}.json"  # noqa: E731
         of = lambda a, b: spec | {"first": store.digest(a.spec), "second": store.digest(b.spec)}  # noqa: E731
         if not path(first, second).exists() and path(second, first).exists():
             return store.values(path(second, first), of(second, first), lambda: judge(second, first)), -1
@@ -108,10 +104,12 @@ def by_pairs(
 
     def compare(first: AnswerSet, second: AnswerSet) -> Verdicts:
         found, sign = look(first, second)
-        mask = np.asarray([x is not None for x in found["outcome"]], np.bool_)
-        return Verdicts(np.asarray([sign * (x or 0) for x in found["outcome"]], np.int8), mask)
+        outcome = [*found["outcome"], *[None] * (len(first.steps) - len(found["outcome"]))]
+        asked = np.arange(len(outcome)) < len(found["outcome"])
+        mask = np.asarray([x is not None for x in outcome], np.bool_)
+        return Verdicts(np.asarray([sign * (x or 0) for x in outcome], np.int8), mask, asked)
 
-    return Judge(name, compare, details=lambda first, second: look(first, second)[0])
+    return Judge(name, compare, None, lambda first, second: look(first, second)[0], comparisons)
 
 
 # ----------------------------------------------------------------------------------------------------------- our judges
@@ -132,11 +130,13 @@ def reward_model_judge(context: pit.Context, name: str, root: Path, rows: Sequen
     e = context.encoder
 
     def score(answers: AnswerSet) -> np.ndarray:
-        groups = [[[*e.policy_prompt(row.prompt), *y, e.tokenizer.eos_id]] for row, y in zip(rows, answers.ids)]  # noqa: B905
+        groups = [
+            [[*e.policy_prompt(row.prompt), *y, e.tokenizer.eos_id]] for row, y in zip(rows, answers.ids, strict=True)
+        ]
         model = pit.model_of(context, name), pit.load_model(context, name)
         return pit.score_groups(*model, groups, batch_size=256)[:, 0]
 
-    return by_scores(name, root, {"judge": name, "model": model_digest(context, name)}, score, TIE_BAND)
+    return by_scores(name, root, {"judge": name, "model": context.workdir.model_digest(name)}, score, TIE_BAND)
 
 
 def gap_judge(context: pit.Context, root: Path, rows: Sequence[PreferenceExample]) -> Judge:
@@ -150,4 +150,96 @@ def gap_judge(context: pit.Context, root: Path, rows: Sequence[PreferenceExample
         return {"outcome": outcome.tolist(), "gap": gaps[:, 0].tolist(), "swapped_gap": gaps[:, 1].tolist()}
 
     stage = "r_p" if context.config.r_pit.loss == "r_p_difference" else "r_pit"
-    return by_pairs("r_pit", root, {"judge": "r_pit", "model": model_digest(context, stage)}, judge)
+    return by_pairs("r_pit", root, {"judge": "r_pit", "model": context.workdir.model_digest(stage)}, judge)
+
+
+# ----------------------------------------------------------------------------------------------------- judges of others
+
+
+def hf_judge(name_or_path: str, root: Path, rows: Sequence[PreferenceExample]) -> Judge:
+    """A reward model of Hugging Face; the paper's is OpenAssistant/reward-model-deberta-v3-large-v2 (section 4.3)."""
+    model = functools.cache(lambda: hf_reward.load(name_or_path))
+
+    def score(answers: AnswerSet) -> np.ndarray:
+        return hf_reward.score(model(), [row.prompt.strip() for row in rows], answers.texts)
+
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", name_or_path.rstrip("/").rsplit("/", 1)[-1]) or "hf"
+    return by_scores(name, root, {"judge": "hf_reward", "model": _identity(name_or_path)}, score, TIE_BAND)
+
+
+def _identity(name_or_path: str) -> Any:
+    """What tells one model from another: the name on the hub, or the files of a folder."""
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        return name_or_path
+    described = lambda f: f.read_text("utf-8") if f.suffix == ".json" else f.stat().st_size  # noqa: E731
+    return store.digest([[f.name, described(f)] for f in sorted(folder.iterdir()) if f.is_file()])
+
+
+def language_model_judge(
+    config: client.ClientConfig,
+    template: str,
+    root: Path,
+    rows: Sequence[PreferenceExample],
+    num_prompts: int,
+    comparisons: tuple[str, ...],
+) -> Judge:
+    """A language model behind an OpenAI-compatible server, asked in both orders (appendix E.2).
+
+    Args:
+      config: server, model and how to ask it.
+      template: text of the judge prompt.
+      root: folder of the verdicts of a split.
+      rows: prompts.
+      num_prompts: how many of them are asked about, from the first on.
+      comparisons: names of the comparisons that are asked about: calls cost money.
+    """
+
+    def judge(first: AnswerSet, second: AnswerSet) -> dict[str, Any]:
+        asked = min(num_prompts, len(rows))
+        texts = [row.prompt.strip() for row in rows[:asked]], first.texts[:asked], second.texts[:asked]
+        description = f"{config.model}: {first.name} vs {second.name}"
+        started = time.perf_counter()
+        found = llm_judge.judge(config, template, *texts, description=description)
+        outcome = [
+            int(x) if there else None for x, there in zip(found.verdicts.outcome, found.verdicts.mask, strict=True)
+        ]
+        replies = [list(detail.replies) for detail in found.details]
+        counts = found.counts | {"seconds": time.perf_counter() - started}
+        return {"outcome": outcome, "counts": counts, "replies": replies, "incomplete": counts["failed_requests"]}
+
+    spec = {"judge": "llm", "server": config.server_name or config.base_url, "model": config.model}
+    spec |= {"temperature": config.temperature, "seed": config.seed, "extra": config.extra}
+    spec |= {"template": store.digest(template), "prompts": num_prompts}
+    return by_pairs("llm", root, spec, judge, comparisons)
+
+
+def human_judge(root: Path) -> Judge | None:
+    """People, by the sheets that they have filled in (appendix I); None where there are none.
+
+    Args:
+      root: folder of COMPARISON.json, what `evaluation.pit.write_sheet` keeps of a sheet, and of COMPARISON/*.json, the
+        files that annotators have saved.
+    """
+    names = tuple(sorted(path.stem for path in root.glob("*.json") if any((root / path.stem).glob("*.json"))))
+
+    def look(first: AnswerSet, second: AnswerSet) -> dict[str, Any]:
+        name = f"{first.name}_vs_{second.name}"
+        kept = read_json(root / f"{name}.json")
+        if [kept["first"], kept["second"]] != [store.digest(first.spec), store.digest(second.spec)]:
+            raise ValueError(
+                f"the answers have changed since the sheet of {name} was made: delete {root / name}.json and the "
+                "folder of the same name, or go back to the models of the sheet"
+            )
+        exports = {path.name: read_json(path) for path in sorted((root / name).glob("*.json"))}
+        return {"annotations": human.read_verdicts(kept["key"], exports), "prompts": kept["prompts"]}
+
+    def compare(first: AnswerSet, second: AnswerSet) -> Verdicts:
+        found = look(first, second)
+        agreed = human.agreed(found["annotations"])
+        verdicts = Verdicts(*(np.zeros(len(first.steps), dtype) for dtype in (np.int8, np.bool_, np.bool_)))
+        for whole, part in zip(verdicts, agreed, strict=True):
+            whole[found["prompts"]] = part
+        return verdicts
+
+    return Judge("human", compare, None, look, names) if names else None

@@ -7,18 +7,32 @@ functions of these files alone.
 import dataclasses
 import functools
 import json
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pit_jax.data import verifier
-from pit_jax.evaluation import agreement, answers, judges as judging, ratings, store, tables, win_rate
+from pit_jax.evaluation import (
+    agreement,
+    answers,
+    figures,
+    human,
+    judges as judging,
+    ratings,
+    report,
+    store,
+    tables,
+    win_rate,
+)
 from pit_jax.evaluation.answers import Maker, Plan
-from pit_jax.evaluation.judges import Judge, Verdicts
+from pit_jax.evaluation.judges import Judge
 from pit_jax.evaluation.store import AnswerSet
-from pit_jax.files import write_json_atomic, write_text_atomic
+from pit_jax.evaluation.win_rate import Verdicts
+from pit_jax.files import read_json, write_json_atomic, write_text_atomic
 from pit_jax.pipelines import improve, pit
 from pit_jax.pipelines.improve import Step, StopRules
 
@@ -63,15 +77,21 @@ class Options:
             raise ValueError(f"--temperatures={self.temperatures}: not below 0")
 
 
+MoreJudges = Callable[[Maker], list[Judge]]
+"""Judges of the answers to the test prompts that are not the run's own."""
+
+
 class Evaluation:
     """Everything that the tables read: rows, answers, judges."""
 
-    def __init__(self, context: pit.Context, options: Options, more_judges: Sequence[Judge] = ()):
+    def __init__(self, context: pit.Context, options: Options, more_judges: MoreJudges | None = None):
         self.context, self.options = context, options
         self.rows = context.rows["test"][: context.config.evaluation.num_prompts]
         self.maker = Maker(context, "test", self.rows)
         self.selection = Maker(context, "selection", context.rows["selection"])
-        self.judges = [*make_judges(context, options.judges, self.maker), *more_judges]
+        self.judges = make_judges(context, options.judges, self.maker)
+        self.judges += more_judges(self.maker) if more_judges else []
+        self.details: dict[str, list[dict]] = {}
         self.num_iterations = options.num_iterations or context.config.evaluation.num_iterations
 
     @property
@@ -93,17 +113,25 @@ class Evaluation:
         """The same, of another split."""
         return make_judges(self.context, ["verifier" if self.verifiable else "evaluator"], maker)[0]
 
+    @property
+    def judges_of_all(self) -> list[Judge]:
+        """Those that are asked about everything."""
+        return [judge for judge in self.judges if judge.comparisons is None]
+
     def compare(self, judge: Judge, first: str, second: str) -> dict:
         """win, lose, tie, delta and its interval over the prompts with a verdict; how many have none."""
         verdicts = judge.compare(self.maker[first], self.maker[second])
+        if judge.details is not None:
+            said = judge.details(self.maker[first], self.maker[second])
+            self.details.setdefault(judge.name, []).extend([said["counts"]] if "counts" in said else [])
         config = self.context.config
         return summarize(verdicts, seed=config.seed, num_resamples=config.evaluation.num_resamples)
 
 
 def summarize(verdicts: Verdicts, *, seed: int, num_resamples: int) -> dict:
-    """`win_rate.summarize` over the prompts that have a verdict, and `no_verdict`, the number of the others."""
+    """`win_rate.summarize` over the prompts with a verdict; `no_verdict`: how many were asked about and have none."""
     counted = verdicts.outcome[verdicts.mask]
-    lacking = int(np.sum(~verdicts.mask))
+    lacking = int(np.sum(verdicts.asked & ~verdicts.mask))
     if not counted.size:
         return dict.fromkeys(("win", "lose", "tie", "delta", "low", "high")) | {"n": 0, "no_verdict": lacking}
     summary = win_rate.summarize(counted, seed=seed, num_resamples=num_resamples)
@@ -125,37 +153,132 @@ def make_judges(context: pit.Context, names: Sequence[str], maker: Maker) -> lis
     return found
 
 
-def evaluate(context: pit.Context, options: Options | None = None, more_judges: Sequence[Judge] = ()) -> dict:
-    """Samples, judges and writes results.json, tables.txt, CSV files and samples/test.jsonl.
+def evaluate(context: pit.Context) -> dict:
+    """The last stage: the tables of a run's own judges.
 
     Returns:
       The stage's record; the numbers are in results.json.
     """
-    started = time.perf_counter()
-    options = options or Options()
-    run = Evaluation(context, options, more_judges)
-    results: dict[str, Any] = {"name": context.config.name, "seed": context.config.seed}
-    for table in TABLES:
-        if table in options.tables:
-            print(f"  {table}", flush=True)
-            results |= {
-                "win_rates": win_rates,
-                "agreement": reward_models,
-                "ratings": elo_ratings,
-                "iterations": iteration_curves,
-                "stop_rules": stop_rules,
-                "temperatures": temperature_sweep,
-                "rl": rl_curves,
-                "chain_of_thought": chain_of_thought,
-            }[table](run)
-    results["costs"] = costs(run)
-    results["stages"] = _stage_records(context) | {"evaluate": {"steps": 0, "seconds": time.perf_counter() - started}}
-    _write_samples(run)
-    write_json_atomic(context.workdir.root / "results.json", results)
-    write_text_atomic(context.workdir.root / "tables.txt", tables.render(results) + "\n")
-    tables.write_csv(results, context.workdir.root / "tables")
-    _print_samples(run)
+    write(Evaluation(context, Options()))
     return {"steps": 0, "arms": list(context.config.arms)}
+
+
+def write(run: Evaluation, command: str = "") -> None:
+    """Samples, judges and writes results.json, tables.txt, CSV files, samples/test.jsonl and report/index.html.
+
+    Args:
+      run: what to evaluate.
+      command: what the user typed, for the report.
+    """
+    started, context = time.perf_counter(), run.context
+    results: dict[str, Any] = {"name": context.config.name, "seed": context.config.seed}
+    makers = {
+        "win_rates": win_rates,
+        "agreement": reward_models,
+        "ratings": elo_ratings,
+        "iterations": iteration_curves,
+        "stop_rules": stop_rules,
+        "temperatures": temperature_sweep,
+        "rl": rl_curves,
+        "chain_of_thought": chain_of_thought,
+    }
+    for table in TABLES:
+        if table in run.options.tables:
+            print(f"  {table}", flush=True)
+            found = makers[table](run)
+            results |= found | {"missing": results.get("missing", {}) | found.get("missing", {})}
+    results["costs"] = costs(run)
+    results |= {"judge_costs": found} if (found := judge_costs(run)) else {}
+    results["commands"] = {"train": context.command} | ({"evaluate": command} if command else {})
+    results["stages"] = _stage_records(context) | {"evaluate": {"steps": 0, "seconds": time.perf_counter() - started}}
+    root, samples = context.workdir.root, sample_lines(run)
+    write_text_atomic(root / "samples" / "test.jsonl", "".join(f"{store.line(sample)}\n" for sample in samples))
+    write_json_atomic(root / "results.json", results)
+    write_text_atomic(root / "tables.txt", tables.render(results) + "\n")
+    tables.write_csv(results, root / "tables")
+    _write_report(context, results, samples)
+    _print_samples(run)
+
+
+def _write_report(context: pit.Context, results: dict, samples: list[dict]) -> None:
+    """report/index.html and report/*.svg; without figures where matplotlib is not installed."""
+    folder = context.workdir.root / "report"
+    shutil.rmtree(folder, ignore_errors=True)  # figures of tables that are not asked for any more
+    try:
+        drawn = figures.draw(results)
+    except ImportError as error:
+        print(f"  the report has no figures: {error}", flush=True)
+        drawn = {}
+    for name, svg in drawn.items():
+        write_text_atomic(folder / f"{name}.svg", svg)
+    config = dataclasses.asdict(context.config)
+    write_text_atomic(folder / "index.html", report.render(results, config, samples, drawn))
+
+
+def write_sheet(run: Evaluation, comparison: str, num_prompts: int) -> Path:
+    """A blind sheet on which people compare two sets of answers (appendix I: 170 prompts, two annotators for each).
+
+    Args:
+      run: whose answers.
+      comparison: such as "pit_vs_self_refine".
+      num_prompts: chosen at random.
+
+    Returns:
+      The file. Which side is whose stays in evaluation/human.
+
+    Raises:
+      ValueError: for an unknown comparison, or one whose sheet has been handed out with other answers.
+    """
+    known = _pairs(list(run.maker.sets))
+    if comparison not in known:
+        raise ValueError(f"--sheet={comparison} is not a comparison of this run: {', '.join(known)}")
+    first, second = (run.maker[name] for name in known[comparison])
+    config, root = run.context.config, run.context.workdir.root
+    rng = np.random.default_rng(pit.seed_of(config, f"sheet/{comparison}"))
+    prompts = sorted(rng.permutation(len(run.rows))[:num_prompts].tolist())
+    pairs = [human.Pair(run.rows[i].prompt.strip(), first.texts[i], second.texts[i]) for i in prompts]
+    seed, title = pit.seed_of(config, f"sheet/{comparison}/sides"), "Which answer is better?"
+    kept = {"key": human.key(pairs, seed, title), "prompts": prompts}
+    kept |= {"first": store.digest(first.spec), "second": store.digest(second.spec)}
+    path = human_folder(root) / f"{comparison}.json"
+    if path.exists() and read_json(path) != kept and any((path.parent / comparison).glob("*.json")):
+        raise ValueError(
+            f"{path.parent / comparison} has verdicts on another sheet of {comparison}: move it away first"
+        )
+    write_json_atomic(path, kept)
+    sheet = root / "sheets" / f"{comparison}.html"
+    write_text_atomic(sheet, human.sheet(pairs, seed, title))
+    return sheet
+
+
+def human_folder(root: Path) -> Path:
+    """Where keys of sheets and verdicts of people are."""
+    return root / "evaluation" / "human"
+
+
+def add_verdicts(root: Path, exports: Sequence[str | Path]) -> None:
+    """Takes files that annotators have saved into the workdir.
+
+    Raises:
+      ValueError: where a file is none, or no sheet of this workdir has its number.
+    """
+    folder = human_folder(root)
+    keys = {path.stem: read_json(path)["key"] for path in folder.glob("*.json")}
+    for export in exports:
+        if not Path(export).is_file():
+            raise ValueError(f"--verdicts={export}: no such file")
+        content = read_json(export)
+        sheet = content.get("sheet") if isinstance(content, dict) else None
+        names = [name for name, key in keys.items() if key["sheet"] == sheet]
+        if not names:
+            raise ValueError(
+                f"--verdicts={export} is of none of the sheets of this workdir ({', '.join(keys) or 'none'})"
+            )
+        for name in names:
+            others = {path.name: read_json(path) for path in (folder / name).glob("*.json")}
+            kept = f"{store.digest(content)}.json"  # annotators' names do not become names of files
+            human.read_verdicts(keys[name], others | {kept: content})
+            write_json_atomic(folder / name / kept, content)
 
 
 # ---------------------------------------------------------------------------------------------- win rates (Tables 1, 2)
@@ -191,7 +314,11 @@ def win_rates(run: Evaluation) -> dict:
     context = run.context
     names = [run.maker.make(plan).name for plan in main_plans(run)]
     comparisons = {
-        name: {judge.name: run.compare(judge, first, second) for judge in run.judges}
+        name: {
+            judge.name: run.compare(judge, first, second)
+            for judge in run.judges
+            if judge.comparisons is None or name in judge.comparisons
+        }
         for name, (first, second) in _pairs(names).items()
     }
     found = {
@@ -285,12 +412,29 @@ def reward_models(run: Evaluation) -> dict:
             for name in ("r_pit", "r_p", "evaluator"):
                 values = agreement.pair_accuracy_excluding_ties(own[name], own["verifier"], groups=own["prompt"])
                 report[name] |= {f"{prefix}_{k}": v for k, v in values.items()}
+    for judge in run.judges:
+        if judge.name not in OWN_JUDGES and (said := judge_agreement(run, judge)):
+            report[judge.name] = said
     edges = np.histogram_bin_edges(np.concatenate(four), bins=60)
     density = {
         name: np.histogram(x, edges, density=True)[0].tolist()
         for name, x in zip(agreement.PAIRING_NAMES, four, strict=True)
     }
     return {"reward_models": report, "gap_distributions": {"edges": edges.tolist(), "density": density}}
+
+
+def judge_agreement(run: Evaluation, judge: Judge) -> dict | None:
+    """How often a judge of others finds y_w better than y_l; a tie is an error. None where it was not asked."""
+    chosen, rejected = (run.maker.make(Plan(name, name)) for name in ("chosen", "rejected"))
+    if judge.comparisons is not None and "chosen_vs_rejected" not in judge.comparisons:
+        return None
+    verdicts = judge.compare(chosen, rejected)
+    run.compare(judge, "chosen", "rejected")  # for its costs
+    said = verdicts.outcome[verdicts.mask]
+    lacking = {"no_verdict": int(np.sum(verdicts.asked & ~verdicts.mask))}
+    if not said.size:
+        return dict.fromkeys(("accuracy", "low", "high")) | {"n": 0} | lacking
+    return agreement.accuracy(said, np.zeros(said.size)) | lacking
 
 
 def _gap_stage(context: pit.Context) -> str:
@@ -322,7 +466,7 @@ def labelled_scores(run: Evaluation) -> dict[str, dict[str, list[float]]]:
             found[name] = {"chosen": scores[:, 0], "rejected": scores[:, 1]}
         return found
 
-    models = {stage: answers.model_digest(context, stage) for stage in (_gap_stage(context), "r_p", "evaluator")}
+    models = {stage: context.workdir.model_digest(stage) for stage in (_gap_stage(context), "r_p", "evaluator")}
     spec = {"models": models, "prompts": store.digest([[r.prompt, r.chosen, r.rejected] for r in rows])}
     return store.values(run.maker.root / "agreement" / "labelled.json", spec, make)
 
@@ -350,7 +494,7 @@ def own_margins(run: Evaluation, stage: str) -> dict[str, np.ndarray]:
             found[name] = scores[:, 0] - scores[:, 1]
         return found
 
-    models = {name: answers.model_digest(context, name) for name in (_gap_stage(context), "r_p", "evaluator")}
+    models = {name: context.workdir.model_digest(name) for name in (_gap_stage(context), "r_p", "evaluator")}
     spec = {"models": models, "answers": store.digest(own.spec), "pairs": keep.tolist()}
     found = store.values(maker.root / "agreement" / f"own_{stage}.json", spec, make)
     found = {name: np.asarray(x, np.float64) for name, x in found.items()}
@@ -385,7 +529,7 @@ def elo_ratings(run: Evaluation) -> dict:
     chains = _chains(run)
     names = ["original", *(name for method in ("pit", "self_refine") for name in chains.get(method, [])[1:])]
     found = {}
-    for judge in run.judges:
+    for judge in run.judges_of_all:
         pairs = [(i, j) for i in range(len(names)) for j in range(i)]
         verdicts = [judge.compare(run.maker[names[i]], run.maker[names[j]]) for i, j in pairs]
         prompt = np.concatenate([np.flatnonzero(v.mask) for v in verdicts])
@@ -418,7 +562,7 @@ def iteration_curves(run: Evaluation) -> dict:
             line = {"iteration": k, "answer": name, "tokens": tokens, "written": written}
             line |= {"copy_rate": statistics["copy_rate"], "length": statistics["tokens"]}
             line |= {key: statistics[key] for key in ("share_met", "all_met") if key in statistics}
-            line["delta"] = {judge.name: run.compare(judge, name, "original") for judge in run.judges if k}
+            line["delta"] = {judge.name: run.compare(judge, name, "original") for judge in run.judges_of_all if k}
             found[method].append(line)
     return {"iterations": found}
 
@@ -435,7 +579,7 @@ def chain_steps(run: Evaluation, maker: Maker, names: Sequence[str]) -> list[lis
             found = gains()([row.prompt for row in maker.rows], after.ids, maker[before].ids)
             return dict(zip(("gap", "gain", "scored"), map(list, zip(*found, strict=True)), strict=True))
 
-        spec = {"model": answers.model_digest(context, _gap_stage(context)), "answers": store.digest(after.spec)}
+        spec = {"model": context.workdir.model_digest(_gap_stage(context)), "answers": store.digest(after.spec)}
         found = store.values(maker.root / "gaps" / maker.split / f"{name}.json", spec, make)
         columns.append([
             step._replace(gap=gap, gain=gain, scored=step.scored + scored)
@@ -508,7 +652,7 @@ def _sweep(run: Evaluation, methods: dict[str, Plan], original: str) -> dict:
     for other in others:
         pairs[f"{first}_vs_{other}"] = list(zip(names[first], names[other], strict=True))
     comparisons = {
-        name: {judge.name: [run.compare(judge, a, b) for a, b in sides] for judge in run.judges}
+        name: {judge.name: [run.compare(judge, a, b) for a, b in sides] for judge in run.judges_of_all}
         for name, sides in pairs.items()
     }
     return {"temperatures": list(run.options.temperatures), "comparisons": comparisons}
@@ -526,7 +670,7 @@ def temperature_sweep(run: Evaluation) -> dict:
 def chain_of_thought(run: Evaluation) -> dict:
     """chain_of_thought of results.json: M_PIT^SFT with and without thoughts improves M_P^SFT's answers (appendix K)."""
     if run.context.workdir.done(pit.COT_ARM) is None:
-        return {}
+        return {"missing": {"pit_sft_cot_vs_sft": f"{run.context.command} --config.arms=pit_sft_cot"}}
     run.maker.make(Plan("sft", "policy", "sft_policy"))
     methods = {
         "pit_sft": Plan("pit_sft_of_sft", "pit", "sft_pit", "sft"),
@@ -585,7 +729,7 @@ def par_gaps(run: Evaluation, num_pairs: int = 8) -> np.ndarray:
         pairs = zip(maker.rows[::2], own.ids[::2], own.ids[1::2], strict=True)
         return {"gap": pit.gap_scorer(context)([(row.prompt, a, b) for row, a, b in pairs])[:, 0]}
 
-    spec = {"model": answers.model_digest(context, _gap_stage(context)), "answers": store.digest(own.spec)}
+    spec = {"model": context.workdir.model_digest(_gap_stage(context)), "answers": store.digest(own.spec)}
     gaps = store.values(maker.root / "gaps" / maker.split / "rl_policy.json", spec, make)["gap"]
     return np.reshape(gaps, (len(rows), num_pairs))
 
@@ -631,6 +775,18 @@ def costs(run: Evaluation) -> dict[str, dict]:
     return found
 
 
+def judge_costs(run: Evaluation) -> dict[str, dict]:
+    """What judges that count have counted, summed over comparisons; rates are means over replies."""
+    found = {}
+    for name, counts in run.details.items():
+        if counts:
+            keys = [key for key in counts[0] if key != "first_position_rate"]
+            found[name] = {key: sum(count[key] for count in counts) for key in keys}
+            rates = [count["first_position_rate"] for count in counts if count["first_position_rate"] is not None]
+            found[name]["first_position_rate"] = sum(rates) / len(rates) if rates else None
+    return found
+
+
 def _stage_records(context: pit.Context) -> dict[str, dict]:
     """What each finished stage measured."""
     names = pit.stage_names(context.config)
@@ -638,24 +794,39 @@ def _stage_records(context: pit.Context) -> dict[str, dict]:
     return {name: record for name in names if (record := context.workdir.done(name)) is not None}
 
 
-def _write_samples(run: Evaluation) -> None:
-    """One JSON line per test prompt: all answers and what each judge says of them."""
+def sample_lines(run: Evaluation) -> list[dict]:
+    """One dict per test prompt: all answers, which improve which, and what each judge says of them."""
     sets = run.maker.sets
-    scored = {judge.name: judge for judge in run.judges if judge.scores is not None}
+    scored = {judge.name: {n: judge.scores(made) for n, made in sets.items()} for judge in run.judges if judge.scores}
+    pairs = {name: (run.maker[a], run.maker[b]) for name, (a, b) in _pairs(list(sets)).items()}
+    outcomes = {
+        judge.name: {
+            name: judge.compare(*sides)
+            for name, sides in pairs.items()
+            if judge.comparisons is None or name in judge.comparisons
+        }
+        for judge in run.judges
+    }
+    chains = {method: ["original", *answers.chain_names(method, run.num_iterations)] for method in improve.METHODS}
+    chains = {method: [n for n in names if n in sets] for method, names in chains.items() if method in sets}
     lines = []
     for i, row in enumerate(run.rows):
+        verdict = lambda v: int(v.outcome[i]) if v.mask[i] else None  # noqa: E731, B023
         line = {
             "prompt": row.prompt,
             "requirements": [[r.kind, r.value] for r in row.requirements],
             "answers": {name: made.texts[i] for name, made in sets.items()},
-            "scores": {
-                name: {n: float(judge.scores(made)[i]) for n, made in sets.items()} for name, judge in scored.items()
+            "chains": chains,
+            "scores": {judge: {n: float(x[i]) for n, x in scores.items()} for judge, scores in scored.items()},
+            "verdicts": {
+                judge: {name: verdict(v) for name, v in by_pair.items() if v.asked[i]}
+                for judge, by_pair in outcomes.items()
             },
         }
         if row.requirements:
             line["met"] = {n: list(verifier.verify(row.requirements, made.texts[i])) for n, made in sets.items()}
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    write_text_atomic(run.context.workdir.root / "samples" / "test.jsonl", "".join(lines))
+        lines.append(line)
+    return lines
 
 
 def _print_samples(run: Evaluation) -> None:

@@ -54,6 +54,11 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
+def line(value: Any) -> str:
+    """Plain JSON on one line."""
+    return json.dumps(value, ensure_ascii=False)
+
+
 def answers(
     path: Path, name: str, spec: Spec, make: Callable[[], Sequence[Step]], text: Callable[[Sequence[int]], str]
 ) -> AnswerSet:
@@ -103,10 +108,14 @@ def read_answers(path: Path, name: str) -> AnswerSet:
 
 
 def values(path: Path, spec: Spec, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The values of a JSON file where it has this spec; else made and written."""
+    """The values of a JSON file where it has this spec; else made and written.
+
+    Values with "incomplete" above 0 (a server did not answer some requests) are used and written, and made anew the
+    next time.
+    """
     if path.exists():
         found = read_json(path)
-        if found["spec"] == spec:
+        if found["spec"] == spec and not found["values"].get("incomplete"):
             return found["values"]
     made = make()
     write_json_atomic(path, {"spec": spec, "values": made})

@@ -9,21 +9,23 @@ and perhaps no_verdict, the number of prompts that are not in n as the judge gav
                         delta: {judge: {delta, low, high, n}}}]}; tokens: read and written up to here, per prompt
     stop_rules          [{method, rule, score, regret, tokens, iterations, n}]; stop_rules_note: what to know of them
     temperature_sweep   {temperatures: [...], comparisons: {name: {judge: [summary per temperature]}}}
-    chain_of_thought    {name: {judge: summary}}
+    chain_of_thought    the same, or {name: {judge: summary}} at one temperature
     ratings             {judge: {elo: [{name, rating, low, high, rank, rank_low, rank_high}], bradley_terry: [...],
                         num_comparisons, num_shuffles}}
     reward_models       {"r_pit": {accuracy, low, high, n, ...}, "r_p": {...}, "llm": {..., no_verdict}}
     gap_distributions   {edges: [m + 1], density: {pairing: [m]}}
-    rl_rewards          {similar: [low, high], worse_note, stages: {stage: {steps, reward, low, high, chosen_step}}}
+    rl_rewards          {similar: [low, high], worse_note, n, stages: {stage: {steps, reward, low, high, chosen_step,
+                        training_steps, training_reward}}}; n: selection prompts behind reward
     kl_reward           {stage: {steps, kl, score, share_met, chosen_step, bins: [{low, high, step}]}}
-    costs               {name of answers: {seconds, read, written, answers}}; read and written in tokens
-    judge_costs         {judge: {calls, cached_calls, prompt_tokens, completion_tokens, seconds}}
+    costs               {name of answers: {seconds, read, written, scored, answers}}; read, written, scored in tokens
+    judge_costs         {judge: {calls, cached_calls, prompt_tokens, completion_tokens, seconds, ...}}
     stages              {"sft_policy": {seconds, steps, ...}}
     missing             {"second_rl_only_vs_pit": the command, or the flag, that trains the arm}
 """
 
 import csv
 import io
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,11 +36,14 @@ from pit_jax import files
 SHARES = ("win", "lose", "tie", "delta")
 
 _ORDER = """
-    pit self_refine rerank pit_sft pit_sft_cot first_rl_only second_rl_only pit_shuffled original rl fresh sft
-    longer_sft chosen tokens copy_rate ended share_met all_met fixed kept verifier data pretrain sft_policy r_p r_pit
-    evaluator rl_policy rl_pit_1 rl_pit_2 arm_second_rl_only arm_longer_sft evaluate chosen_rejected chosen_chosen
-    rejected_rejected rejected_chosen
+    pit self_refine rerank pit_sft pit_sft_cot pit_sft_of_sft pit_sft_cot_of_sft self_refine_of_sft first_rl_only
+    second_rl_only pit_shuffled original rl fresh sft longer_sft chosen rejected
+    tokens copy_rate ended share_met all_met fixed kept
+    verifier data pretrain sft_policy sft_pit r_p r_pit evaluator rl_policy rl_pit_1 rl_pit_2
+    arm_second_rl_only arm_longer_sft arm_pit_sft_cot evaluate
+    chosen_rejected chosen_chosen rejected_rejected rejected_chosen
 """.split()
+_JUDGE_COSTS = ("calls", "cached_calls", "prompt_tokens", "completion_tokens", "seconds")
 _SAME = {"rl": "original"}
 """Answers that go by another name in a comparison."""
 
@@ -125,14 +130,15 @@ def in_order(results):
 
 
 def place(name: str) -> tuple:
-    """Sorts "pit", "pit_iteration_2", "pit_iteration_10" in this order; comparisons by their first, then their second.
+    """Sorts "pit", "pit_iteration_2", "pit_iteration_10", "pit_t0.2" in this order; comparisons by first, then second.
 
     Among comparisons of one answer that with the original comes first.
     """
     first, versus, second = str(name).partition("_vs_")
-    base, _, k = first.partition("_iteration_")
+    base, iteration, temperature = re.fullmatch(r"(.*?)(?:_iteration_(\d+))?(?:_t([\d.]+))?", first, re.DOTALL).groups()
     rank = _ORDER.index(base) if base in _ORDER else len(_ORDER)
-    return rank, int(k) if k.isdigit() else 0, second != "original", place(second) if versus else ()
+    made = float(temperature) if temperature and temperature.count(".") < 2 and temperature != "." else -1.0
+    return rank, made, int(iteration or 0), second != "original", place(second) if versus else ()
 
 
 def title(results: dict) -> str:
@@ -270,9 +276,10 @@ def _temperature_sweep(sweep: dict) -> Table:
     return Table("temperature_sweep", "Win rates by temperature in percent (Figure 3)", header, rows, 2, (), records)
 
 
-def _chain_of_thought(comparisons: dict) -> Table:
+def _chain_of_thought(found: dict) -> Table:
+    table = _temperature_sweep(found) if "temperatures" in found else _comparisons(found, {})
     title = "Chain of thought: win rates in percent (appendix K, Figure 5)"
-    return _comparisons(comparisons, {})._replace(name="chain_of_thought", title=title)
+    return table._replace(name="chain_of_thought", title=title)
 
 
 def _ratings(ratings: dict) -> Table:
@@ -361,6 +368,8 @@ def _gap_distributions(distributions: dict) -> Table:
 def _rl_rewards(rewards: dict) -> Table:
     rows, records = [], []
     for stage, curve in rewards.get("stages", {}).items():
+        if not curve["steps"]:
+            continue
         chosen = curve.get("chosen_step")
         at = dict(zip(curve["steps"], curve["reward"], strict=True))
         rows.append(
@@ -369,11 +378,13 @@ def _rl_rewards(rewards: dict) -> Table:
         )
         bounds = {key: curve[key] for key in ("low", "high") if curve.get(key)}
         records += [
-            {"stage": stage, "step": step, "reward": reward}
+            {"stage": stage, "prompts": "selection", "step": step, "reward": reward}
             | {key: values[i] for key, values in bounds.items()}
             | {"chosen": step == chosen}
             for i, (step, reward) in enumerate(at.items())
         ]
+        training = zip(curve.get("training_steps") or [], curve.get("training_reward") or [], strict=True)
+        records += [{"stage": stage, "prompts": "training", "step": step, "reward": x} for step, x in training]
     notes = []
     if rows and rewards.get("similar"):
         low, high = rewards["similar"]
@@ -401,28 +412,30 @@ def _kl_reward(stages: dict) -> Table:
 
 
 def _costs(costs: dict) -> Table:
+    keys = [key for key in ("read", "written", "scored") if any(row.get(key) for row in costs.values())]
     rows = [
         [words(name), _count(row.get("answers")), _number(row.get("seconds"), "{:.1f}")]
-        + [_count(row.get(key)) for key in ("read", "written")]
+        + [_count(row.get(key)) for key in keys]
         for name, row in costs.items()
     ]
+    header = ["answer", "answers", "seconds", *(f"tokens {key}" for key in keys)]
     records = tuple({"answer": name} | row for name, row in costs.items())
-    title = "What the answers took"
-    return Table(
-        "costs", title, ["answer", "answers", "seconds", "tokens read", "tokens written"], rows, 1, (), records
-    )
+    return Table("costs", "What the answers took", header, rows, 1, (), records)
 
 
 def _judge_costs(costs: dict) -> Table:
-    keys = ("calls", "cached_calls", "prompt_tokens", "completion_tokens")
-    rows = [
-        [words(judge), *(_count(row.get(key)) for key in keys), _number(row.get("seconds"), "{:.1f}")]
-        for judge, row in costs.items()
-    ]
+    keys = [key for key in _JUDGE_COSTS if any(key in row for row in costs.values())]
+    keys += dict.fromkeys(key for row in costs.values() for key in row if key not in keys)
+    rows = [[words(judge), *(_judge_cost(key, row.get(key)) for key in keys)] for judge, row in costs.items()]
     records = tuple({"judge": judge} | row for judge, row in costs.items())
-    return Table(
-        "judge_costs", "What the judges took", ["judge", *map(words, keys), "seconds"], rows, 1, (), records
-    )  # fmt: skip
+    title = "What the judges took; rates in percent"
+    return Table("judge_costs", title, ["judge", *map(words, keys)], rows, 1, (), records)
+
+
+def _judge_cost(key: str, x: float | None) -> str:
+    if key.endswith("_rate"):
+        return percent(x)
+    return _number(x, "{:.1f}") if key == "seconds" else _count(x)
 
 
 def _stages(stages: dict) -> Table:

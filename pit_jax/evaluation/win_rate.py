@@ -1,8 +1,24 @@
 """Win rate, lose rate and their difference (delta) of two sets of answers to the same prompts (PIT section 4.4)."""
 
+from typing import NamedTuple
+
 import numpy as np
 
 from pit_jax.types import Array
+
+
+class Verdicts(NamedTuple):
+    """Who wins each prompt.
+
+    Attributes:
+      outcome: [n] int8: 1 the first is better, -1 the second, 0 neither or no verdict.
+      mask: [n] bool, false where there is no verdict.
+      asked: [n] bool, false for prompts that the judge was not asked about.
+    """
+
+    outcome: np.ndarray
+    mask: np.ndarray
+    asked: np.ndarray
 
 
 def compare(scores_a: Array, scores_b: Array, *, tie_band: tuple[float, float] | None = None) -> np.ndarray:

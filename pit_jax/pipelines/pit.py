@@ -177,12 +177,12 @@ def data_stage(context: Context) -> dict:
     return record
 
 
-def read_rows(config: PitConfig, root: Path) -> dict[str, list[PreferenceExample]]:
-    """All splits that the data stage has written."""
+def read_rows(config: PitConfig, root: Path, splits: Sequence[str] = SPLITS) -> dict[str, list[PreferenceExample]]:
+    """Splits that the data stage has written."""
     if config.data.source == "synthetic":
-        return {name: builders.read(root, name) for name in SPLITS}
+        return {name: builders.read(root, name) for name in splits}
     read = lambda path: sources.read_jsonl(path)[0] if path.stat().st_size else []  # noqa: E731
-    return {name: read(root / f"{name}.jsonl") for name in SPLITS}
+    return {name: read(root / f"{name}.jsonl") for name in splits}
 
 
 def load_encoder(context: Context) -> None:
@@ -200,10 +200,10 @@ def prompt_ending(context: Context, prompt: str) -> str:
     return "\n\n" if learnt.endswith("\n\n") else ""
 
 
-def load_data(context: Context) -> None:
+def load_data(context: Context, splits: Sequence[str] = SPLITS) -> None:
     """Fills `rows` and `encoder` from a finished data stage."""
     load_encoder(context)
-    raw = read_rows(context.config, context.workdir.root / "data")
+    raw = read_rows(context.config, context.workdir.root / "data", splits)
     context.rows = {name: encode.drop_over_length(split, context.encoder)[0] for name, split in raw.items()}
 
 

@@ -11,6 +11,7 @@ samples/                    what the models write
 results.json                every number of the tables
 """
 
+import hashlib
 import json
 import shutil
 import time
@@ -104,6 +105,11 @@ class Workdir:
     def save_model(self, stage: str, params: Params) -> None:
         """Leaves the parameters of a stage behind."""
         checkpoint.save(self.root / "models" / stage, 0, params, keep=1)
+
+    def model_digest(self, stage: str) -> str:
+        """Names the parameters that a stage has left, by their checksums."""
+        manifest = self.root / "models" / stage / "0" / "manifest.json"
+        return hashlib.sha256(manifest.read_bytes()).hexdigest()[:16]
 
     def load_model(self, stage: str, like: Params) -> Params:
         """Parameters of a finished stage, in the shapes and shardings of `like`."""

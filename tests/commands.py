@@ -1,0 +1,26 @@
+"""The real commands, each in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+CONFIG = "configs/pit_synthetic.py:smoke"
+ADAPTIVE = "--config.ppo.adaptive_kl=True"  # the controller's state has to come back as well
+
+
+def run(*arguments, cache=None, **more):
+    """Runs Python with these arguments in the repository, on one CPU device."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    if cache:
+        environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+    command = [sys.executable, *map(str, arguments)]
+    settings = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": 600, "check": False}
+    return subprocess.run(command, **(settings | more))
+
+
+def train(workdir, *flags, config=CONFIG, program=("-m", "pit_jax.train"), cache=None):
+    """Runs the training command; of the smoke variant with an adaptive KL."""
+    flags = (ADAPTIVE, *flags) if config == CONFIG else flags
+    return run(*program, f"--config={config}", f"--workdir={workdir}", *flags, cache=cache)

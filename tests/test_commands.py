@@ -1,0 +1,400 @@
+"""`improve` and `evaluate` as a user runs them, on a finished smoke run."""
+
+import functools
+import json
+import math
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from commands import run
+
+from pit_jax import sharding
+from pit_jax.data import verifier
+from pit_jax.pipelines import improve, improve_file, pit
+from pit_jax.pipelines.improve import StopRules
+from pit_jax.types import Requirement
+
+PROMPT = "Write a slogan about chess."
+
+
+def write(path, *lines):
+    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+    return path
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+# improve
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    lines = [
+        {"prompt": PROMPT, "response": "Chess is fun."},
+        {"prompt": PROMPT},
+        "not json",
+        {"prompt": PROMPT, "response": "chess " * 60},
+        {"messages": [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": "Play chess!"}]},
+        {"prompt": "Name <<Improved>> </script> \u2028 it.", "response": "{prompt} <<Candidate>>"},
+    ]
+    return write(tmp_path_factory.mktemp("answers") / "answers.jsonl", *lines)
+
+
+@pytest.fixture(scope="module")
+def improved(finished, cache, answers, tmp_path_factory):
+    """The command's output file and what it printed."""
+    output = tmp_path_factory.mktemp("improved") / "improved.jsonl"
+    flags = f"--workdir={finished[0]}", f"--input={answers}", f"--output={output}", "--iterations=2"
+    result = run("-m", "pit_jax.improve", *flags, cache=cache)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return output, result
+
+
+def test_every_line_gets_a_line_in_its_place(improved):
+    output, result = improved
+    lines = read(output)
+    assert [line["line"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert "not JSON" in lines[2]["error"] and "line 3" in result.stderr
+    assert "the response has" in lines[3]["error"] and "line 4" in result.stderr
+    done = [line for line in lines if "error" not in line]
+    assert len(done) == 4 and result.stdout.startswith("4 of 6 rows improved; 2 could not be read")
+    for line in done:
+        assert line["stop"] == "iterations" and line["kept"] == 2 and len(line["steps"]) == 3
+        assert line["response"] == line["steps"][2]["response"]
+        assert line["tokens"] == sum(step["read"] + step["written"] + step["scored"] for step in line["steps"])
+        for step in line["steps"][1:]:
+            assert step["read"] > 0 and step["written"] > 0 and math.isfinite(step["gap"])
+    first = lines[0]["steps"][0]
+    assert first == {"response": "Chess is fun.", "read": 0, "written": 0, "scored": 0}, "the user's own took nothing"
+    assert lines[1]["steps"][0]["written"] > 0, "M_P wrote it"
+    assert lines[5]["prompt"] == "Name <<Improved>> </script> \u2028 it."
+    assert not output.with_name("improved.jsonl.partial").exists()
+
+
+def test_an_output_is_not_written_over(improved, finished, cache, answers):
+    output, _ = improved
+    before = output.read_bytes()
+    flags = f"--workdir={finished[0]}", f"--input={answers}", f"--output={output}"
+    result = run("-m", "pit_jax.improve", *flags, cache=cache)
+    assert result.returncode == 2 and "is there already" in result.stderr and "Traceback" not in result.stderr
+    assert output.read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def improver(finished):
+    with jax.set_mesh(sharding.make_mesh(1, 1, devices=jax.devices()[:1])):
+        context = pit.open_finished(finished[0], improve.METHODS["pit"])
+        yield functools.partial(improve_file.Improver, context)
+
+
+def test_a_killed_run_goes_on_without_doing_rows_again(improver, tmp_path, monkeypatch):
+    source = write(tmp_path / "in.jsonl", *[{"prompt": PROMPT, "response": f"Chess\u2028{i}."} for i in range(7)], "{")
+    settings = improve_file.Settings("pit", StopRules(iterations=2), 1.0, 3)
+    whole = improve_file.run(improver(settings, 2), source, tmp_path / "whole.jsonl")
+
+    output, original = tmp_path / "out.jsonl", improve_file.Improver.__call__
+
+    def killed(self, rows):
+        for i, done in enumerate(original(self, rows)):
+            if i == 3:
+                raise KeyboardInterrupt
+            yield done
+
+    monkeypatch.setattr(improve_file.Improver, "__call__", killed)
+    with pytest.raises(KeyboardInterrupt):
+        improve_file.run(improver(settings, 2), source, output)
+    partial = output.with_name("out.jsonl.partial")
+    assert not output.exists()
+    kept = read(partial)[1:]
+    assert len(kept) == 4, "three rows and the broken line"
+    with open(partial, "a", encoding="utf-8") as file:
+        file.write('{"line": 7, "resp')  # the process was killed while it wrote
+
+    asked = []
+
+    def counted(self, rows):
+        rows = list(rows)
+        asked.extend(row.number for row in rows)
+        return original(self, iter(rows))
+
+    monkeypatch.setattr(improve_file.Improver, "__call__", counted)
+    assert improve_file.run(improver(settings, 3), source, output) == whole == read(output)
+    assert sorted(asked) == sorted(set(range(1, 8)) - {line["line"] for line in kept})
+
+
+def test_progress_of_another_run_is_refused(improver, tmp_path, monkeypatch):
+    source = write(tmp_path / "in.jsonl", {"prompt": PROMPT, "response": "Chess."})
+    output = tmp_path / "out.jsonl"
+    settings = improve_file.Settings("pit", StopRules(iterations=1), 1.0, 3)
+    fail = lambda self, rows: (_ for _ in ()).throw(KeyboardInterrupt)  # noqa: E731
+    monkeypatch.setattr(improve_file.Improver, "__call__", fail)
+    with pytest.raises(KeyboardInterrupt):
+        improve_file.run(improver(settings, 1), source, output)
+    other = improve_file.Settings("pit", StopRules(iterations=2), 1.0, 3)
+    with pytest.raises(ValueError, match=r"of a run with other settings: delete it"):
+        improve_file.run(improver(other, 1), source, output)
+    write(source, {"prompt": PROMPT, "response": "Chess!"})
+    with pytest.raises(ValueError, match=r"of a run with other input"):
+        improve_file.run(improver(settings, 1), source, output)
+
+
+@pytest.mark.parametrize("method", ["self_refine", "self_refine_one_call", "rerank"])
+def test_every_method_counts_what_it_takes(improver, tmp_path, method):
+    source = write(tmp_path / "in.jsonl", {"prompt": PROMPT, "response": "Chess."}, {"prompt": PROMPT})
+    settings = improve_file.Settings(method, StopRules(iterations=2, identical=True), 1.0, 0)
+    lines = improve_file.run(improver(settings, 2), source, tmp_path / "out.jsonl")
+    e = improver(settings, 2).context.encoder
+    for line in lines:
+        for before, step in zip(line["steps"], line["steps"][1:], strict=False):
+            y = e.tokenizer.encode(before["response"]) if line["line"] == 1 and before is line["steps"][0] else None
+            if method == "self_refine_one_call" and y is not None:
+                assert step["read"] == len(e.one_call_prompt(PROMPT, y))
+            if method == "rerank":
+                assert step["read"] == len(e.policy_prompt(PROMPT))
+            assert step["written"] >= 1
+    if method == "rerank":  # the same answer from the same noise
+        assert lines[0]["steps"][1]["scored"] > 0
+
+
+def test_interactive(finished, cache):
+    flags = f"--workdir={finished[0]}", "--interactive", "--iterations=1"
+    result = run("-m", "pit_jax.improve", *flags, cache=cache, input=f"{PROMPT}\nChess is fun.\n{'x ' * 200}\n\n\n")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "0: Chess is fun." in result.stdout and "1: " in result.stdout and "* is the result" in result.stdout
+    assert "the prompt has" in result.stdout, "one that is too long is named, and the next is asked for"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--workdir=/nowhere", "--interactive"), "has no config.json"),
+        (("--input=a.jsonl",), "name --input=FILE and --output=FILE"),
+        (("--interactive", "--stop=never"), "--stop names 'never'"),
+        (("--interactive", "--min_gain=1"), "--min_gain is for --stop=gap"),
+        (("--interactive", "--iterations=0"), "at least 1"),
+    ],
+)
+def test_what_improve_refuses(finished, cache, flags, message):
+    workdir = () if flags[0].startswith("--workdir") else (f"--workdir={finished[0]}",)
+    result = run("-m", "pit_jax.improve", *workdir, *flags, cache=cache)
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+
+
+# evaluate
+
+
+@pytest.fixture(scope="module")
+def evaluated(finished, cache, tmp_path_factory):
+    """A copy of the run with all tables."""
+    workdir = tmp_path_factory.mktemp("evaluated") / "smoke"
+    shutil.copytree(finished[0], workdir)
+    result = evaluate(workdir, cache)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return workdir, json.loads((workdir / "results.json").read_text()), result.stdout
+
+
+def evaluate(workdir, cache, *flags):
+    settings = "--tables=all", "--iterations=3", "--temperatures=0,0.5,1", "--shuffles=5", "--judges=verifier,r_pit"
+    return run("-m", "pit_jax.evaluate", f"--workdir={workdir}", *settings, *flags, cache=cache)
+
+
+def made(workdir, name, split="test"):
+    """(header, lines) of a file of answers."""
+    header, *lines = read(workdir / "evaluation" / "answers" / split / f"{name}.jsonl")
+    return header, lines
+
+
+def rows_of(workdir):
+    """(prompt, requirements) of the test rows, in order."""
+    return [
+        (row["prompt"], tuple(Requirement(*r) for r in row["requirements"]))
+        for row in read(workdir / "samples" / "test.jsonl")
+    ]
+
+
+def share_met(workdir, name):
+    """The verifier's scores from the texts."""
+    rows = rows_of(workdir)
+    return np.asarray([
+        np.mean(verifier.verify(requirements, line["text"]))
+        for (_, requirements), line in zip(rows, made(workdir, name)[1], strict=True)
+    ])  # fmt: skip
+
+
+def deltas(first, second):
+    return np.mean(first > second), np.mean(first < second)
+
+
+def test_every_table_is_there(evaluated):
+    _, results, printed = evaluated
+    for key in ("comparisons", "answers", "reward_models", "gap_distributions", "ratings", "iterations", "stop_rules",
+                "temperature_sweep", "rl_rewards", "kl_reward", "costs", "stages"):  # fmt: skip
+        assert results[key], key
+    assert "Ratings" in printed and "When to stop" in printed
+
+
+def test_comparisons_and_answers_follow_from_the_files(evaluated):
+    workdir, results, _ = evaluated
+    names = {"rl": "original"}
+    for comparison, by_judge in results["comparisons"].items():
+        first, second = (names.get(name, name) for name in comparison.split("_vs_"))
+        expected = deltas(share_met(workdir, first), share_met(workdir, second))
+        assert (by_judge["verifier"]["win"], by_judge["verifier"]["lose"]) == pytest.approx(expected), comparison
+        path = workdir / "evaluation" / "verdicts" / "test" / "r_pit"
+        sign, path = 1, path / f"{first}_vs_{second}.json"
+        if not path.exists():
+            sign, path = -1, path.with_name(f"{second}_vs_{first}.json")
+        values = json.loads(path.read_text())["values"]
+        half = sign * (np.asarray(values["gap"]) - np.asarray(values["swapped_gap"])) / 2
+        share = 1 / (1 + np.exp(-half))  # a tie from 0.45 to 0.55
+        expected = np.mean(share > 0.55), np.mean(share < 0.45)
+        assert (by_judge["r_pit"]["win"], by_judge["r_pit"]["lose"]) == pytest.approx(expected), comparison
+    original = share_met(workdir, "original")
+    for name, row in results["answers"].items():
+        met, (header, lines) = share_met(workdir, name), made(workdir, name)
+        assert row["share_met"] == pytest.approx(met.mean())
+        assert row["all_met"] == pytest.approx(np.mean(met == 1))
+        assert row["tokens"] == pytest.approx(np.mean([len(line["ids"]) for line in lines]))
+        failed = original < 1
+        assert row["fixed"] == (pytest.approx(np.mean(met[failed] == 1)) if failed.any() else None)
+        if "of" in header["spec"]:
+            before = [line["ids"] for line in made(workdir, header["spec"]["of"])[1]]
+            before = before[1:] + before[:1] if header["spec"]["shuffled"] else before
+            copied = np.mean([line["ids"] == y for line, y in zip(lines, before, strict=True)])
+            assert row["copy_rate"] == pytest.approx(copied)
+        else:
+            assert row["copy_rate"] is None
+
+
+def test_ratings_follow_from_the_files(evaluated):
+    """Elo of the verifier by a plain loop, one shuffled order after the other."""
+    workdir, results, _ = evaluated
+    names = ["original"] + [f"{m}{i}" for m in ("pit", "self_refine") for i in ("", "_iteration_2", "_iteration_3")]
+    scores = [share_met(workdir, name) for name in names]
+    comparisons = [
+        (i, j, int(np.sign(a - b)))
+        for i in range(len(names))
+        for j in range(i)
+        for a, b in zip(scores[i], scores[j], strict=True)
+    ]
+    found = results["ratings"]["verifier"]
+    assert found["num_comparisons"] == len(comparisons) == 21 * len(scores[0])
+    rng, ratings = np.random.default_rng(results["seed"]), []
+    for _ in range(found["num_shuffles"]):
+        rating = [1000.0] * len(names)
+        for n in rng.permutation(len(comparisons)):
+            i, j, outcome = comparisons[n]
+            expected = 1 / (1 + 10 ** ((rating[j] - rating[i]) / 400))
+            change = 4 * ((outcome + 1) / 2 - expected)
+            rating[i], rating[j] = rating[i] + change, rating[j] - change
+        ratings.append(rating)
+    assert [row["name"] for row in found["elo"]] == names
+    np.testing.assert_allclose([row["rating"] for row in found["elo"]], np.mean(ratings, axis=0), atol=1e-6)
+    assert sum(row["rating"] for row in found["bradley_terry"]) == pytest.approx(1000 * len(names))
+
+
+def test_iterations_and_stop_rules_follow_from_the_files(evaluated):
+    workdir, results, _ = evaluated
+    for method in ("pit", "self_refine", "rerank"):
+        names = ["original", method, f"{method}_iteration_2", f"{method}_iteration_3"]
+        tokens = 0.0
+        for name, line in zip(names, results["iterations"][method], strict=True):
+            lines = made(workdir, name)[1]
+            tokens += np.mean([y["read"] + y["written"] + y.get("scored", 0) for y in lines])
+            assert line["answer"] == name and line["tokens"] == pytest.approx(tokens)
+            assert line["share_met"] == pytest.approx(share_met(workdir, name).mean())
+        if method == "rerank":
+            continue
+        chain = [made(workdir, name)[1] for name in names]
+        scores = np.stack([share_met(workdir, name) for name in names], 1)
+        gains = np.stack([
+            json.loads((workdir / "evaluation" / "gaps" / "test" / f"{name}.json").read_text())["values"]["gain"]
+            for name in names[1:]
+        ], 1)  # fmt: skip
+        rules = {line["rule"]: line for line in results["stop_rules"] if line["method"] == method}
+        for k in (1, 2, 3):
+            assert rules[f"K = {k}"]["score"] == pytest.approx(scores[:, k].mean())
+            assert rules[f"K = {k}"]["regret"] == pytest.approx((scores.max(1) - scores[:, k]).mean())
+        same = np.stack([
+            [a["ids"] == b["ids"] for a, b in zip(chain[k - 1], chain[k], strict=True)] for k in (1, 2, 3)
+        ], 1)  # fmt: skip
+        until = [next((k for k in range(3) if row[k]), 2) + 1 for row in same]
+        assert rules["identical"]["iterations"] == pytest.approx(np.mean(until))
+        kept = [next((k for k in range(3) if row[k] <= 0), 3) for row in gains]
+        assert rules["gap above 0"]["score"] == pytest.approx(
+            np.mean([s[k] for s, k in zip(scores, kept, strict=True)])
+        )
+        best = [int(np.argmax(np.cumsum([0.0, *row]))) for row in gains]
+        assert rules["keep best"]["score"] == pytest.approx(np.mean([s[k] for s, k in zip(scores, best, strict=True)]))
+
+
+def test_the_sweep_and_the_reward_models_follow_from_the_files(evaluated):
+    workdir, results, _ = evaluated
+    sweep = results["temperature_sweep"]
+    assert sweep["temperatures"] == [0.0, 0.5, 1.0]
+    original = share_met(workdir, "original")
+    for summary, suffix in zip(sweep["comparisons"]["pit_vs_original"]["verifier"], ("_t0", "_t0.5", ""), strict=True):
+        expected = deltas(share_met(workdir, f"pit{suffix}"), original)
+        assert (summary["win"], summary["lose"]) == pytest.approx(expected)
+        assert made(workdir, f"pit{suffix}")[0]["spec"]["temperature"] == float(suffix.removeprefix("_t") or 1)
+    labelled = json.loads((workdir / "evaluation" / "agreement" / "labelled.json").read_text())["values"]
+    r_pit = results["reward_models"]["r_pit"]
+    assert r_pit["accuracy"] == pytest.approx(np.mean(np.greater(labelled["r_pit"]["wl"], labelled["r_pit"]["lw"])))
+    assert r_pit["gaps"]["chosen_rejected"] == pytest.approx(np.mean(labelled["r_pit"]["wl"]))
+    right = np.greater(labelled["r_p"]["chosen"], labelled["r_p"]["rejected"])
+    assert results["reward_models"]["r_p"]["accuracy"] == pytest.approx(right.mean())
+    own = json.loads((workdir / "evaluation" / "agreement" / "own_rl_policy.json").read_text())
+    met = np.asarray([
+        np.mean(verifier.verify(requirements, line["text"]))
+        for (_, requirements), line in zip(
+            [row for row in rows_of(workdir) for _ in range(2)], made(workdir, "rl_policy", "own")[1], strict=True
+        )
+    ])  # fmt: skip
+    margin = (met[::2] - met[1::2])[own["spec"]["pairs"]]
+    assert np.count_nonzero(met[::2] - met[1::2]) == len(margin) == r_pit["policy_n"]
+    agree = np.sign(own["values"]["r_pit"]) == np.sign(margin)
+    expected = pytest.approx(agree.mean()) if len(margin) else None  # this model tells hardly any apart
+    assert r_pit["policy_accuracy"] == expected
+    density, edges = results["gap_distributions"]["density"], np.asarray(results["gap_distributions"]["edges"])
+    for name, key in (("chosen_rejected", "wl"), ("rejected_chosen", "lw")):
+        counts = np.asarray(density[name]) * np.diff(edges) * len(labelled["r_pit"][key])
+        below = [np.sum(np.asarray(labelled["r_pit"][key]) < edge) for edge in edges[:-1]]
+        np.testing.assert_allclose(np.cumsum(counts)[:-1], below[1:], atol=1e-6)
+
+
+def test_the_csv_files_hold_the_numbers(evaluated):
+    workdir, results, _ = evaluated
+    text = (workdir / "tables" / "comparisons.csv").read_text()
+    assert repr(results["comparisons"]["pit_vs_original"]["verifier"]["delta"]) in text
+
+
+def test_nothing_is_made_twice(evaluated, cache):
+    workdir, results, _ = evaluated
+    files = [path for path in (workdir / "evaluation").rglob("*") if path.is_file()]
+    before = {path: path.stat().st_mtime_ns for path in files}
+    result = evaluate(workdir, cache)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert {path: path.stat().st_mtime_ns for path in (workdir / "evaluation").rglob("*") if path.is_file()} == before
+    again = json.loads((workdir / "results.json").read_text())
+    del again["stages"]["evaluate"], results["stages"]["evaluate"]
+    assert again == results
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--tables=best",), "--tables names 'best'"),
+        (("--judges=me",), "--judges names 'me'"),
+        (("--temperatures=warm",), "numbers with commas"),
+        (("--temperatures=-1",), "not below 0"),
+        (("--reward_model=/nowhere/at/all",), "/nowhere/at/all"),
+    ],
+)
+def test_what_evaluate_refuses(evaluated, cache, flags, message):
+    workdir, _, _ = evaluated
+    result = run("-m", "pit_jax.evaluate", f"--workdir={workdir}", "--tables=win_rates", *flags, cache=cache)
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
