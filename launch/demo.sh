@@ -5,6 +5,6 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-install
+install report
 cd "$ROOT"
 exec "$VENV/bin/python" -m pit_jax.train --config=configs/pit_synthetic.py --workdir=runs/demo "$@"

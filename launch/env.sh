@@ -72,18 +72,20 @@ print(hashlib.sha256(b"\0".join(parts)).hexdigest())
 PYTHON
 }
 
-# install [EXTRA]: the package with the tested versions, unless that has been done and nothing has changed since.
+# install [EXTRA]: the package with the tested versions, unless that (or more) has been done and nothing has changed
+# since. Extras, each within the next: core, report, test, "test,parity".
 install() {
-  local extra="${1:-core}" key stamp
+  local extra="${1:-core}" key more
   "$VENV/bin/python" -c 'import pip' 2>/dev/null || make_venv
   check_version "$VENV/bin/python" ||
     fail "$VENV has $("$VENV/bin/python" --version 2>&1), but pit_jax needs Python 3.11 or newer." \
       "Remove that folder and start again."
   key="$(install_key)"
-  for stamp in "$VENV/.installed-$extra" "$VENV/.installed-test"; do
-    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$key" ]; then
+  for more in test,parity test report core; do
+    if [ -f "$VENV/.installed-$more" ] && [ "$(cat "$VENV/.installed-$more")" = "$key" ]; then
       return 0
     fi
+    [ "$more" != "$extra" ] || break
   done
   echo "Installing pit_jax and what it needs into .venv (once; a few minutes on a slow network)"
   (

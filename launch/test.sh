@@ -1,12 +1,18 @@
 #!/usr/bin/env bash
-# Runs ruff and the tests: bash launch/test.sh [arguments of pytest]
+# Runs ruff and the tests: bash launch/test.sh [--parity] [arguments of pytest]
 #
-# Installs into .venv at the first start. Paths in arguments count from the repository root.
+# Installs into .venv at the first start; with --parity also torch and transformers, without which the tests that need
+# them are skipped. Paths in arguments count from the repository root.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 use_test_environment
-install test
+extra=test
+if [ "${1:-}" = --parity ]; then
+  extra=test,parity
+  shift
+fi
+install "$extra"
 cd "$ROOT"
 status=0
 "$VENV/bin/python" -m ruff check . || {

@@ -1,9 +1,12 @@
 """Judges what a finished run writes: python -m pit_jax.evaluate --workdir=runs/demo --tables=all
 
+or a file of answers to a benchmark: python -m pit_jax.evaluate --benchmark=gsm8k --input=answers.jsonl
+
 Writes results.json, tables.txt, tables/*.csv and report/ into the workdir. Answers and verdicts are kept below
 evaluation/, so a second start, or one that asks for more, makes only what is missing.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -13,7 +16,7 @@ from absl import app, flags, logging
 
 from pit_jax import client, sharding
 from pit_jax.data.sources import DataError
-from pit_jax.evaluation import judges, llm_judge, pit as evaluation
+from pit_jax.evaluation import benchmark_files, judges, llm_judge, pit as evaluation
 from pit_jax.pipelines import pit
 
 COMPARISONS = (
@@ -43,6 +46,9 @@ _LLM_EXTRA = flags.DEFINE_string("llm_extra", "", "A JSON object of further requ
 _LLM_COMPARISONS = flags.DEFINE_list("llm_comparisons", list(COMPARISONS), "What it is asked about.")
 
 
+_BENCHMARK = flags.DEFINE_enum("benchmark", None, list(benchmark_files.BENCHMARKS), "Score --input, and nothing else.")
+_INPUT = flags.DEFINE_string("input", None, "Of --benchmark: JSON lines, or the annotations of AlpacaEval.")
+_DIFFICULTY = flags.DEFINE_string("difficulty", None, "Of --benchmark=alpaca_eval: instructions with their difficulty.")
 _SHEET = flags.DEFINE_string("sheet", None, "Write a blind sheet for annotators of this comparison.")
 _SHEET_SIZE = flags.DEFINE_integer("sheet_size", 170, "Prompts of the sheet.", lower_bound=1)
 _VERDICTS = flags.DEFINE_list("verdicts", [], "Files that annotators have saved; they are kept in the workdir.")
@@ -99,10 +105,23 @@ def judges_of_flags(context: pit.Context) -> evaluation.MoreJudges:
     return lambda maker: [make(maker) for make in makers] + ([people] if people else [])
 
 
+def score_benchmark() -> None:
+    """Prints the scores of a file."""
+    try:
+        if not _BENCHMARK.value or not _INPUT.value:
+            raise ValueError("name --workdir=FOLDER, or --benchmark=NAME and --input=FILE")
+        print(json.dumps(benchmark_files.score(_BENCHMARK.value, _INPUT.value, _DIFFICULTY.value), indent=2))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
 def main(argv: list[str]) -> None:
     """A user's mistake ends in one line on stderr and status 2."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
+    if _BENCHMARK.value or not _WORKDIR.value:
+        return score_benchmark()
     workdir = Path(_WORKDIR.value)
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(workdir.absolute() / "compilation_cache")
     jax.config.update("jax_compilation_cache_dir", cache)
@@ -133,7 +152,6 @@ def main(argv: list[str]) -> None:
 def run() -> None:
     """Entry point."""
     logging.set_verbosity(logging.WARNING)
-    flags.mark_flag_as_required("workdir")
     app.run(main)
 
 

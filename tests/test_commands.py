@@ -7,11 +7,14 @@ import shutil
 
 import jax
 import numpy as np
+import openai_server
 import pytest
+import test_hf_reward
 from commands import run
 
 from pit_jax import sharding
 from pit_jax.data import verifier
+from pit_jax.evaluation import hf_reward
 from pit_jax.pipelines import improve, improve_file, pit
 from pit_jax.pipelines.improve import StopRules
 from pit_jax.types import Requirement
@@ -307,6 +310,16 @@ def test_iterations_and_stop_rules_follow_from_the_files(evaluated):
             tokens += np.mean([y["read"] + y["written"] + y.get("scored", 0) for y in lines])
             assert line["answer"] == name and line["tokens"] == pytest.approx(tokens)
             assert line["share_met"] == pytest.approx(share_met(workdir, name).mean())
+        equal = [line for line in results["equal_tokens"] if line["method"] == method]
+        assert [line["first"] for line in equal] == (["pit", "pit_iteration_2", "pit_iteration_3"] if equal else [])
+        for line in equal:
+            taken = {row["answer"]: row["tokens"] for row in results["iterations"][method]}
+            within = [name for name in names if taken[name] <= line["first_tokens"]]
+            assert line["second"] == within[-1]
+            expected = deltas(share_met(workdir, line["first"]), share_met(workdir, line["second"]))
+            summary = line["comparisons"]["verifier"]
+            assert (summary["win"], summary["lose"]) == pytest.approx(expected)
+        assert (method == "pit") != bool(equal)
         if method == "rerank":
             continue
         chain = [made(workdir, name)[1] for name in names]
@@ -398,3 +411,83 @@ def test_what_evaluate_refuses(evaluated, cache, flags, message):
     workdir, _, _ = evaluated
     result = run("-m", "pit_jax.evaluate", f"--workdir={workdir}", "--tables=win_rates", *flags, cache=cache)
     assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+
+
+# Judges of others
+
+
+def test_a_language_model_and_people_judge(evaluated, cache, tmp_path, monkeypatch):
+    """A judge that likes the longer answer, on a server that fails now and then; two annotators who differ once."""
+    workdir = tmp_path / "smoke"
+    shutil.copytree(evaluated[0], workdir)
+    openai_server.clean_environment(monkeypatch)
+
+    def script(messages, attempt):
+        if attempt == 0 and len(messages[-1]["content"]) % 3 == 0:
+            return openai_server.Reply("busy", status=503)
+        text = messages[-1]["content"]
+        sides = [text.split(f"Start of Assistant {side}'s Answer--")[1].split("--The End")[0] for side in "AB"]
+        lengths = [len(side.strip()) for side in sides]
+        return "I cannot tell." if sum(lengths) % 5 == 0 else f"[[{'AB'[lengths[1] > lengths[0]]}]]"
+
+    with openai_server.serve(script) as server:
+        flags = ("--llm_model=m", f"--llm_base_url={server.base_url}", "--llm_prompts=10", "--sheet=pit_vs_self_refine")
+        more = ("--sheet_size=6", "--llm_comparisons=pit_vs_original,chosen_vs_rejected")
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-a-secret")
+        result = evaluate(workdir, cache, *flags, *more)
+        assert result.returncode == 0, result.stderr[-3000:]
+        calls = len(server.bodies)
+        assert calls > 20
+        assert server.headers[0]["authorization"] == "Bearer sk-a-secret"
+    results = json.loads((workdir / "results.json").read_text())
+    summary, asked = results["comparisons"]["pit_vs_original"]["llm"], 10
+    length = lambda name, i: len(made(workdir, name)[1][i]["text"].strip())  # noqa: E731
+    pairs = [(length("pit", i), length("original", i)) for i in range(asked)]
+    lacking = sum((a + b) % 5 == 0 for a, b in pairs)
+    assert (summary["n"], summary.get("no_verdict", 0)) == (asked - lacking, lacking)
+    wins = sum(a > b and (a + b) % 5 > 0 for a, b in pairs)
+    assert summary["win"] == pytest.approx(wins / summary["n"])
+    assert set(results["comparisons"]["pit_vs_self_refine"]) == {"verifier", "r_pit"}, "not asked about"
+    assert results["reward_models"]["llm"]["n"] + results["reward_models"]["llm"]["no_verdict"] == asked
+    assert results["judge_costs"]["llm"]["n"] == 2 * asked and results["judge_costs"]["llm"]["failed_requests"] == 0
+    for path in workdir.rglob("*"):
+        if path.is_file() and path.suffix in (".json", ".jsonl", ".html", ".txt", ".csv"):
+            assert "sk-a-secret" not in path.read_text(encoding="utf-8"), path
+
+    kept = json.loads((workdir / "evaluation" / "human" / "pit_vs_self_refine.json").read_text())
+    assert (workdir / "sheets" / "pit_vs_self_refine.html").exists() and len(kept["prompts"]) == 6
+    saved = []
+    for annotator, differs in (("../ann", False), ("bob", True)):
+        verdicts = []
+        for item, side in kept["key"]["items"].items():
+            wrong = differs and side["pair"] == 0  # all say that the first is better, but for one item
+            side = {"A": "B", "B": "A"}[side["first"]] if wrong else side["first"]
+            verdicts.append({"item": item, "verdict": side})
+        saved.append(write(tmp_path / f"{len(saved)}.json", {
+            "sheet": kept["key"]["sheet"], "annotator": annotator, "verdicts": verdicts,
+        }))  # fmt: skip
+    result = evaluate(workdir, cache, f"--verdicts={saved[0]},{saved[1]}")
+    assert result.returncode == 0, result.stderr[-3000:]
+    summary = json.loads((workdir / "results.json").read_text())["comparisons"]["pit_vs_self_refine"]["human"]
+    assert (summary["win"], summary["tie"], summary["n"]) == (pytest.approx(5 / 6), pytest.approx(1 / 6), 6)
+    assert sorted(path.name for path in tmp_path.rglob("*ann*")) == [], "a name does not become a path"
+    refused = evaluate(workdir, cache, f"--verdicts={write(tmp_path / 'other.json', {'sheet': 'x'})}")
+    assert refused.returncode == 2 and "none of the sheets" in refused.stderr
+
+
+def test_a_reward_model_of_hugging_face_judges(evaluated, cache, tmp_path):
+    for library in ("torch", "transformers"):
+        pytest.importorskip(library, reason="needs pip install -e '.[parity]'")
+    workdir = tmp_path / "smoke"
+    shutil.copytree(evaluated[0], workdir)
+    folder = test_hf_reward.make_deberta(tmp_path / "tiny-deberta", 1024)
+    result = evaluate(workdir, cache, f"--reward_model={folder}")
+    assert result.returncode == 0, result.stderr[-3000:]
+    results = json.loads((workdir / "results.json").read_text())
+    assert results["comparisons"]["pit_vs_original"]["tiny-deberta"]["n"] == 16
+    assert results["reward_models"]["tiny-deberta"]["n"] == 16
+    scores = json.loads((workdir / "evaluation" / "scores" / "test" / "tiny-deberta" / "pit.json").read_text())
+    loaded = hf_reward.load(folder)
+    prompts = [prompt.strip() for prompt, _ in rows_of(workdir)]
+    expected = hf_reward.score(loaded, prompts, [line["text"] for line in made(workdir, "pit")[1]])
+    np.testing.assert_allclose(scores["values"]["scores"], expected, atol=1e-5)

@@ -50,18 +50,21 @@ def byte_tokenizer(special, chat_template=None, **names):
 
 @pytest.fixture(scope="module")
 def deberta(tmp_path_factory):
+    return make_deberta(tmp_path_factory.mktemp("deberta"), 96)
+
+
+def make_deberta(folder, max_length):
     """A DeBERTa-v2 with dropout and pairs of texts: [CLS] prompt [SEP] answer [SEP]."""
     import torch
     import transformers
 
-    folder = tmp_path_factory.mktemp("deberta")
     names = dict(pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]", mask_token="[MASK]")
     names |= dict(model_input_names=["input_ids", "attention_mask", "token_type_ids"])  # those of DebertaV2Tokenizer
     tokenizer, vocab_size = byte_tokenizer(["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"], **names)
     tokenizer.save_pretrained(folder)
     config = transformers.DebertaV2Config(
         vocab_size=vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=96, type_vocab_size=2, relative_attention=True, pos_att_type=["p2c", "c2p"],
+        max_position_embeddings=max_length, type_vocab_size=2, relative_attention=True, pos_att_type=["p2c", "c2p"],
         position_buckets=16, norm_rel_ebd="layer_norm", share_att_key=True, position_biased_input=False,
         hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3, pooler_dropout=0.3, pooler_hidden_size=32,
         pad_token_id=0, num_labels=1, initializer_range=0.3,

@@ -549,7 +549,10 @@ def elo_ratings(run: Evaluation) -> dict:
 
 
 def iteration_curves(run: Evaluation) -> dict:
-    """iterations of results.json: each method's answers by iteration, with all that they took up to there."""
+    """iterations and equal_tokens of results.json: each method's answers by iteration, with all that they took.
+
+    At equal tokens, y_k of M_PIT meets the furthest answer of another method that took no more.
+    """
     found = {}
     for method, names in _chains(run).items():
         tokens = written = 0.0
@@ -564,7 +567,17 @@ def iteration_curves(run: Evaluation) -> dict:
             line |= {key: statistics[key] for key in ("share_met", "all_met") if key in statistics}
             line["delta"] = {judge.name: run.compare(judge, name, "original") for judge in run.judges_of_all if k}
             found[method].append(line)
-    return {"iterations": found}
+    equal = []
+    for line in found["pit"][1:]:
+        for method, lines in found.items():
+            if method == "pit":
+                continue
+            other = max((x for x in lines if x["tokens"] <= line["tokens"]), key=lambda x: x["iteration"])
+            compared = {judge.name: run.compare(judge, line["answer"], other["answer"]) for judge in run.judges_of_all}
+            entry = {"first": line["answer"], "first_tokens": line["tokens"], "method": method}
+            entry |= {"second": other["answer"], "second_tokens": other["tokens"], "comparisons": compared}
+            equal.append(entry)
+    return {"iterations": found, "equal_tokens": equal}
 
 
 def chain_steps(run: Evaluation, maker: Maker, names: Sequence[str]) -> list[list[Step]]:
@@ -798,7 +811,11 @@ def sample_lines(run: Evaluation) -> list[dict]:
     """One dict per test prompt: all answers, which improve which, and what each judge says of them."""
     sets = run.maker.sets
     scored = {judge.name: {n: judge.scores(made) for n, made in sets.items()} for judge in run.judges if judge.scores}
-    pairs = {name: (run.maker[a], run.maker[b]) for name, (a, b) in _pairs(list(sets)).items()}
+    chains = {method: ["original", *answers.chain_names(method, run.num_iterations)] for method in improve.METHODS}
+    chains = {method: [n for n in names if n in sets] for method, names in chains.items() if method in sets}
+    compared = {f"{n}_vs_original": (n, "original") for names in chains.values() for n in names[1:]}
+    compared |= _pairs(list(sets))
+    pairs = {name: (run.maker[a], run.maker[b]) for name, (a, b) in compared.items()}
     outcomes = {
         judge.name: {
             name: judge.compare(*sides)
@@ -807,8 +824,6 @@ def sample_lines(run: Evaluation) -> list[dict]:
         }
         for judge in run.judges
     }
-    chains = {method: ["original", *answers.chain_names(method, run.num_iterations)] for method in improve.METHODS}
-    chains = {method: [n for n in names if n in sets] for method, names in chains.items() if method in sets}
     lines = []
     for i, row in enumerate(run.rows):
         verdict = lambda v: int(v.outcome[i]) if v.mask[i] else None  # noqa: E731, B023

@@ -77,6 +77,7 @@ def tables(results: dict) -> list[Table]:
         _comparisons(results.get("comparisons", {}), results.get("answers", {})),
         _answers(results.get("answers", {})),
         _iterations(results.get("iterations", {})),
+        _equal_tokens(results.get("equal_tokens", [])),
         _stop_rules(results.get("stop_rules", []), results.get("stop_rules_note")),
         _temperature_sweep(results.get("temperature_sweep", {})),
         _chain_of_thought(results.get("chain_of_thought", {})),
@@ -238,6 +239,25 @@ def _iterations(iterations: dict) -> Table:
     records = tuple({"method": method} | _flat(row) for method, row in found)
     title = "Iterations (section 4.7); shares in percent"
     return Table("iterations", title, header, rows, 1, notes if rows else (), records)
+
+
+def _equal_tokens(entries: list[dict]) -> Table:
+    found = [(entry, judge, s) for entry in entries for judge, s in entry["comparisons"].items()]
+    rows = [
+        [words(e["first"]), _number(e["first_tokens"], "{:.1f}"), f"{words(e['second'])} ({words(e['method'])})"]
+        + [_number(e["second_tokens"], "{:.1f}"), judge, *_summary_cells(s, False)]
+        for e, judge, s in found
+    ]
+    header = ["first", "tokens", "second (method)", "tokens", "judge", *_SUMMARY_HEADER]
+    records = tuple(
+        {key: e[key] for key in ("first", "first_tokens", "method", "second", "second_tokens")}
+        | {"judge": judge}
+        | _summary_record(s, False)
+        for e, judge, s in found
+    )
+    note = "Second: the furthest answer of the method that took no more tokens per prompt than the first."
+    title = "Methods at equal tokens, in percent"
+    return Table("equal_tokens", title, header, rows, 1, (note,) if rows else (), records)
 
 
 def _stop_rules(rules: list[dict], note: str | None) -> Table:
