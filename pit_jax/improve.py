@@ -36,7 +36,7 @@ _MIN_GAIN = flags.DEFINE_float("min_gain", None, "Of --stop=gap; where not given
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 0, "Stop a row that has taken so many tokens; 0: never.")
 _MAX_SECONDS = flags.DEFINE_float("max_seconds", 0.0, "Stop all rows after so long; 0: never.")
 _KEEP = flags.DEFINE_enum("keep", "last", improve.KEEP, "The result: the last answer, or the best by R_PIT's gains.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Of all samples; 0: greedy.", lower_bound=0.0)
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.4, "Of all samples; 0: greedy.", lower_bound=0.0)
 _SEED = flags.DEFINE_integer("seed", 0, "Of all samples.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Rows under way at a time.", lower_bound=1)
 

@@ -379,6 +379,28 @@ def test_the_sweep_and_the_reward_models_follow_from_the_files(evaluated):
         np.testing.assert_allclose(np.cumsum(counts)[:-1], below[1:], atol=1e-6)
 
 
+def test_the_curves_of_rl_follow_from_the_files(evaluated):
+    workdir, results, _ = evaluated
+    record = json.loads((workdir / "stages" / "rl_pit_2.json").read_text())
+    steps = sorted(map(int, record["candidates"]))
+    curve, rewards = results["kl_reward"]["rl_pit_2"], results["rl_rewards"]
+    assert curve["steps"] == rewards["stages"]["rl_pit_2"]["steps"] == steps
+    assert curve["kl"] == [record["candidates"][str(step)]["kl"] for step in steps]
+    assert rewards["stages"]["rl_pit_2"]["reward"] == [record["candidates"][str(step)]["score"] for step in steps]
+    assert set(rewards["stages"]) == {"rl_pit_2"}, "the first round has y_ref of the data"
+    path = workdir / "evaluation" / "gaps" / "par" / "rl_policy.json"
+    gaps = np.reshape(json.loads(path.read_text())["values"]["gap"], (rewards["n"], 8))
+    spread = np.sqrt(gaps.var(axis=1, ddof=1).mean() / rewards["n"])
+    assert rewards["similar"] == pytest.approx([gaps.mean() - 1.96 * spread, gaps.mean() + 1.96 * spread])
+    training = [
+        (line["step"], line["score"])
+        for line in read(workdir / "metrics.jsonl")
+        if line["stage"] == "rl_pit_2" and "score" in line
+    ]
+    found = rewards["stages"]["rl_pit_2"]
+    assert list(zip(found["training_steps"], found["training_reward"], strict=True)) == training and training
+
+
 def test_the_csv_files_hold_the_numbers(evaluated):
     workdir, results, _ = evaluated
     text = (workdir / "tables" / "comparisons.csv").read_text()

@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from commands import train
+from commands import run, train
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +253,20 @@ def test_hh_rlhf_smoke_runs_all_stages(tmp_path, cache):
     assert result.returncode == 0, result.stderr[-3000:]
     results = json.loads((tmp_path / "w" / "results.json").read_text())
     assert set(results["comparisons"]["pit_vs_original"]) == {"evaluator"}
+    flags = "--tables=all", "--iterations=2", "--temperatures=0.5,1", "--shuffles=3"
+    result = run("-m", "pit_jax.evaluate", f"--workdir={tmp_path / 'w'}", *flags, cache=cache)
+    assert result.returncode == 0, result.stderr[-3000:]
+    results = json.loads((tmp_path / "w" / "results.json").read_text())
+    assert {row["judge"] for row in results["stop_rules"]} == {"evaluator"} and "evaluator's score" in result.stdout
+    assert set(results["iterations"]) == {"pit", "rerank"}, "without reflections there is no Self-Refine"
+    answers = tmp_path / "answers.jsonl"
+    turns = [{"role": "user", "content": "How do I boil water?"}, {"role": "assistant", "content": "No."}]
+    answers.write_text(json.dumps({"messages": turns}) + "\n")
+    flags = f"--input={answers}", f"--output={tmp_path / 'improved.jsonl'}", "--iterations=2", "--stop=gap,identical"
+    result = run("-m", "pit_jax.improve", f"--workdir={tmp_path / 'w'}", *flags, cache=cache)
+    assert result.returncode == 0, result.stderr[-3000:]
+    (line,) = map(json.loads, (tmp_path / "improved.jsonl").read_text().splitlines())
+    assert line["prompt"] == "How do I boil water?" and line["steps"][0]["response"] == "No."
 
 
 def test_bad_rows_are_named_before_any_training(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pit_jax.data import templates
 from pit_jax.evaluation import store
 from pit_jax.evaluation.store import AnswerSet, Spec
 from pit_jax.pipelines import improve, pit
@@ -84,7 +85,7 @@ class Maker:
         return self.context.config.evaluation.temperature if plan.temperature is None else plan.temperature
 
     def _spec(self, plan: Plan) -> Spec:
-        spec: Spec = {"method": plan.method, "prompts": self.prompts, "vocabulary": self._vocabulary}
+        spec: Spec = {"method": plan.method, "prompts": self.prompts, "form": self.form}
         if plan.method in ("chosen", "rejected"):
             return spec
         spec |= {"seed": self.context.config.seed, "temperature": self._temperature(plan), "name": plan.name}
@@ -94,8 +95,12 @@ class Maker:
         return spec
 
     @functools.cached_property
-    def _vocabulary(self) -> str:
-        return store.digest((self.context.workdir.root / "data" / "tokenizer.model").read_bytes().hex())
+    def form(self) -> str:
+        """Vocabulary, templates (which a user may have edited) and windows."""
+        data = self.context.config.data
+        tokenizer = (self.context.workdir.root / "data" / "tokenizer.model").read_bytes().hex()
+        texts = [templates.load(name, data.templates) for name in sorted(templates.FIELDS)]
+        return store.digest([tokenizer, texts, data.prompt_window, data.response_window, data.reflection_window])
 
     def _stages(self, plan: Plan) -> list[str]:
         return [plan.stage, *(["r_p"] if plan.method == "rerank" else [])]

@@ -468,6 +468,7 @@ def labelled_scores(run: Evaluation) -> dict[str, dict[str, list[float]]]:
 
     models = {stage: context.workdir.model_digest(stage) for stage in (_gap_stage(context), "r_p", "evaluator")}
     spec = {"models": models, "prompts": store.digest([[r.prompt, r.chosen, r.rejected] for r in rows])}
+    spec["form"] = run.maker.form
     return store.values(run.maker.root / "agreement" / "labelled.json", spec, make)
 
 
@@ -635,7 +636,7 @@ def stop_rules(run: Evaluation) -> dict:
             reached = scores[np.arange(len(stops)), [kept for kept, _ in stops]]
             tokens = [sum(step.tokens for step in steps[: k + 1]) for steps, (_, k) in zip(taken, stops, strict=True)]
             lines.append({
-                "method": method, "rule": rule, "score": float(reached.mean()),
+                "method": method, "rule": rule, "judge": run.truth.name, "score": float(reached.mean()),
                 "regret": float(np.mean(oracle - reached)), "tokens": float(np.mean(tokens)),
                 "iterations": float(np.mean([k for _, k in stops])), "n": len(stops),
                 "threshold": settings.min_gain,

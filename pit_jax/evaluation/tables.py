@@ -7,7 +7,7 @@ and perhaps no_verdict, the number of prompts that are not in n as the judge gav
     answers             {"pit": {statistic: number or None}}
     iterations          {method: [{iteration, answer, tokens, written, copy_rate, length, share_met, all_met,
                         delta: {judge: {delta, low, high, n}}}]}; tokens: read and written up to here, per prompt
-    stop_rules          [{method, rule, score, regret, tokens, iterations, n}]; stop_rules_note: what to know of them
+    stop_rules          [{method, rule, judge, score, regret, tokens, iterations, n}]; stop_rules_note: more of them
     temperature_sweep   {temperatures: [...], comparisons: {name: {judge: [summary per temperature]}}}
     chain_of_thought    the same, or {name: {judge: summary}} at one temperature
     ratings             {judge: {elo: [{name, rating, low, high, rank, rank_low, rank_high}], bradley_terry: [...],
@@ -261,16 +261,20 @@ def _equal_tokens(entries: list[dict]) -> Table:
 
 
 def _stop_rules(rules: list[dict], note: str | None) -> Table:
-    header = ["method", "rule", "share met", "regret", "tokens", "iterations", "prompts"]
+    judge = next((row["judge"] for row in rules if "judge" in row), "verifier")
+    shares = judge == "verifier"
+    shown = percent if shares else _number
+    header = ["method", "rule", "share met" if shares else f"{judge}'s score", "regret", "tokens", "iterations"]
+    header.append("prompts")
     rows = [
-        [words(row["method"]), words(row["rule"]), percent(row.get("score")), percent(row.get("regret"))]
+        [words(row["method"]), words(row["rule"]), shown(row.get("score")), shown(row.get("regret"))]
         + [_number(row.get(key), "{:.1f}") for key in ("tokens", "iterations")]
         + [str(row["n"])]
         for row in rules
     ]
     meaning = (
-        "Share met and regret (what the best stop for each prompt would have added) in percent; "
-        "tokens and iterations: means per prompt."
+        f"Regret: what the best stop for each prompt would have added{' (both in percent)' if shares else ''}; tokens "
+        "and iterations: means per prompt."
     )
     notes = (meaning, *([note] if note else [])) if rows else ()
     return Table(
