@@ -41,7 +41,7 @@ def contents(workdir):
         assert key not in metrics, f"{key} is logged twice"
         metrics[key] = {k: v for k, v in line.items() if k not in ("time", "seconds")}
     results = json.loads((workdir / "results.json").read_text())
-    del results["missing"]  # names the workdir
+    del results["missing"], results["commands"]  # name the workdir
     for line in (*results["stages"].values(), *results["costs"].values()):
         del line["seconds"]
     return arrays, metrics, results
