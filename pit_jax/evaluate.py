@@ -19,14 +19,8 @@ from pit_jax.data.sources import DataError
 from pit_jax.evaluation import benchmark_files, judges, llm_judge, pit as evaluation
 from pit_jax.pipelines import pit
 
-COMPARISONS = (
-    "original_vs_chosen",
-    "pit_vs_original",
-    "self_refine_vs_original",
-    "pit_vs_self_refine",
-    "chosen_vs_rejected",
-)
-"""Those of Tables 1 and 4."""
+COMPARISONS = ["original_vs_chosen", "pit_vs_original", "self_refine_vs_original", "pit_vs_self_refine"]
+"""Those of Table 1; Table 4 asks about the labelled pairs."""
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a finished `python -m pit_jax.train`.")
 _TABLES = flags.DEFINE_list("tables", ["all"], f"all, or some of {', '.join(evaluation.TABLES)}.")
@@ -35,15 +29,19 @@ _ITERATIONS = flags.DEFINE_integer("iterations", 5, "K: iterations of each metho
 _TEMPERATURES = flags.DEFINE_list("temperatures", ["0", "0.2", "0.4", "0.6", "0.8", "1"], "Of the temperature sweep.")
 _SHUFFLES = flags.DEFINE_integer("shuffles", 100, "Orders of the comparisons for Elo.")
 _REWARD_MODEL = flags.DEFINE_string("reward_model", None, "Judge: a Hugging Face reward model, a folder or a name.")
+_REWARD_MODEL_LENGTH = flags.DEFINE_integer("reward_model_length", None, "Tokens that it reads at most.")
 _LLM_MODEL = flags.DEFINE_string("llm_model", None, "Judge: a language model of an OpenAI-compatible server.")
 _LLM_BASE_URL = flags.DEFINE_string("llm_base_url", "https://api.openai.com/v1", "Address of the server.")
 _LLM_KEY_ENV = flags.DEFINE_string("llm_key_env", "OPENAI_API_KEY", "Environment variable with the key.")
 _LLM_PROMPT = flags.DEFINE_string("llm_prompt", None, "helpful, summary, instructions, or a file of your own (.txt).")
 _LLM_PROMPTS = flags.DEFINE_integer("llm_prompts", 128, "How many test prompts it is asked about.", lower_bound=1)
 _LLM_IN_FLIGHT = flags.DEFINE_integer("llm_in_flight", 32, "Requests at a time.", lower_bound=1)
-_LLM_MAX_TOKENS = flags.DEFINE_integer("llm_max_tokens", 1024, "Longest reply.", lower_bound=1)
+_LLM_MAX_TOKENS = flags.DEFINE_integer(
+    "llm_max_tokens", 1024, "Longest reply; 0 leaves it to the server.", lower_bound=0
+)
+_LLM_TEMPERATURE = flags.DEFINE_float("llm_temperature", 0.0, "Of its replies; below 0 leaves it to the server.")
 _LLM_EXTRA = flags.DEFINE_string("llm_extra", "", "A JSON object of further request fields.")
-_LLM_COMPARISONS = flags.DEFINE_list("llm_comparisons", list(COMPARISONS), "What it is asked about.")
+_LLM_COMPARISONS = flags.DEFINE_list("llm_comparisons", [*COMPARISONS, "chosen_vs_rejected"], "What it is asked about.")
 
 
 _BENCHMARK = flags.DEFINE_enum("benchmark", None, list(benchmark_files.BENCHMARKS), "Score --input, and nothing else.")
@@ -80,22 +78,30 @@ def judges_of_flags(context: pit.Context) -> evaluation.MoreJudges:
     Raises:
       ValueError: where they cannot be asked, before anything is generated.
     """
+    if _SHEET.value and _SHEET.value not in evaluation.COMPARISONS:
+        raise ValueError(f"--sheet={_SHEET.value} is not a comparison: use {', '.join(evaluation.COMPARISONS)}")
     makers = []
     if _REWARD_MODEL.value:
-        makers.append(lambda m: judges.hf_judge(_REWARD_MODEL.value, m.root / "scores" / m.split, m.rows))
+        make_hf = judges.hf_judge(_REWARD_MODEL.value, _REWARD_MODEL_LENGTH.value)
+        makers.append(lambda m: make_hf(m.root / "scores" / m.split, m.rows))
     if _LLM_MODEL.value:
         synthetic = context.config.data.source == "synthetic"
         template = llm_judge.load_template(_LLM_PROMPT.value or ("instructions" if synthetic else "helpful"))
         config = client.ClientConfig(
             base_url=_LLM_BASE_URL.value,
             model=_LLM_MODEL.value,
-            max_tokens=_LLM_MAX_TOKENS.value,
+            max_tokens=_LLM_MAX_TOKENS.value or None,
+            temperature=_LLM_TEMPERATURE.value if _LLM_TEMPERATURE.value >= 0 else None,
             extra=_LLM_EXTRA.value,
             max_in_flight=_LLM_IN_FLIGHT.value,
             cache=str(context.workdir.root / "evaluation" / "calls"),
             api_key_env=_LLM_KEY_ENV.value,
         )
         comparisons = tuple(_LLM_COMPARISONS.value)
+        known = [*evaluation.COMPARISONS, "chosen_vs_rejected"]
+        for name in comparisons:
+            if name not in known:
+                raise ValueError(f"--llm_comparisons names {name!r}: use {', '.join(known)}")
         makers.append(
             lambda m: judges.language_model_judge(
                 config, template, m.root / "verdicts" / m.split, m.rows, _LLM_PROMPTS.value, comparisons
@@ -137,7 +143,7 @@ def main(argv: list[str]) -> None:
             evaluation.write(run, " ".join(["python -m pit_jax.evaluate", *sys.argv[1:]]))
             if _SHEET.value:
                 print(f"A sheet for annotators: {evaluation.write_sheet(run, _SHEET.value, _SHEET_SIZE.value)}")
-    except (DataError, ValueError, ImportError) as error:
+    except (DataError, ValueError, ImportError, OSError) as error:
         if flags.FLAGS["v"].value > 0:
             raise
         print(f"error: {error}", file=sys.stderr)

@@ -34,7 +34,7 @@ _STOP = flags.DEFINE_list(
 )
 _MIN_GAIN = flags.DEFINE_float("min_gain", None, "Of --stop=gap; where not given, calibrated on the selection rows.")
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 0, "Stop a row that has taken so many tokens; 0: never.")
-_MAX_SECONDS = flags.DEFINE_float("max_seconds", 0.0, "Stop all rows after so long; 0: never.")
+_MAX_SECONDS = flags.DEFINE_float("max_seconds", 0.0, "Begin nothing after so long; 0: no limit.")
 _KEEP = flags.DEFINE_enum("keep", "last", improve.KEEP, "The result: the last answer, or the best by R_PIT's gains.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.4, "Of all samples; 0: greedy.", lower_bound=0.0)
 _SEED = flags.DEFINE_integer("seed", 0, "Of all samples.")
@@ -71,6 +71,10 @@ def calibrated(context: pit.Context) -> float:
     """The threshold of the gain from the selection rows; their answers are made once and kept in the workdir."""
     if _METHOD.value == "rerank":
         raise ValueError("--stop=gap with --method=rerank needs --min_gain: its answers never become worse by R_P")
+    needed = [pit.gap_stage(context.config), "rl_policy", "evaluator"]
+    lacking = [stage for stage in needed if context.workdir.done(stage) is None]
+    if lacking:
+        raise ValueError(f"--stop=gap without --min_gain needs the stages {', '.join(lacking)}: finish the training")
     print("calibrating --min_gain on the selection rows", file=sys.stderr)
     pit.load_data(context, ("selection", "test"))
     options = evaluation.Options(num_iterations=_ITERATIONS.value)
@@ -100,13 +104,14 @@ def main(argv: list[str]) -> None:
             else:
                 lines = improve_file.run(improver, Path(_INPUT.value), Path(_OUTPUT.value))
                 print(improve_file.summary(lines))
-    except (DataError, ValueError) as error:
+    except (DataError, ValueError, OSError) as error:
         if flags.FLAGS["v"].value > 0:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\nstopped; the same command goes on from {_OUTPUT.value}.partial", file=sys.stderr)
+        goes_on = "" if _INTERACTIVE.value else f"; the same command goes on from {_OUTPUT.value}.partial"
+        print(f"\nstopped{goes_on}", file=sys.stderr)
         sys.exit(130)
 
 

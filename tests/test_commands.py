@@ -506,9 +506,9 @@ def test_a_reward_model_of_hugging_face_judges(evaluated, cache, tmp_path):
     result = evaluate(workdir, cache, f"--reward_model={folder}")
     assert result.returncode == 0, result.stderr[-3000:]
     results = json.loads((workdir / "results.json").read_text())
-    assert results["comparisons"]["pit_vs_original"]["tiny-deberta"]["n"] == 16
-    assert results["reward_models"]["tiny-deberta"]["n"] == 16
-    scores = json.loads((workdir / "evaluation" / "scores" / "test" / "tiny-deberta" / "pit.json").read_text())
+    assert results["comparisons"]["pit_vs_original"]["hf_tiny-deberta"]["n"] == 16
+    assert results["reward_models"]["hf_tiny-deberta"]["n"] == 16
+    scores = json.loads((workdir / "evaluation" / "scores" / "test" / "hf_tiny-deberta" / "pit.json").read_text())
     loaded = hf_reward.load(folder)
     prompts = [prompt.strip() for prompt, _ in rows_of(workdir)]
     expected = hf_reward.score(loaded, prompts, [line["text"] for line in made(workdir, "pit")[1]])

@@ -82,10 +82,21 @@ def test_budgets():
     assert (done[0].stop, len(done[0].steps)) == ("tokens", 3), "12 and 12 tokens"
     done, _ = run([Row(0, "a", (0,))], StopRules(max_tokens=25, iterations=9))
     assert len(done[0].steps) == 4
-    done, _ = run([Row(0, "a", (0,))], StopRules(max_tokens=24, iterations=9), gains_of(dict.fromkeys(range(9), 1.0)))
-    assert len(done[0].steps) == 3 and done[0].steps[1].tokens == 19, "what R_PIT reads counts: 12 and 7"
-    done, _ = run([Row(0, "a", (0,)), Row(1, "b", (0,))], StopRules(max_seconds=1e-9, iterations=9))
-    assert {(d.stop, len(d.steps)) for d in done.values()} == {("seconds", 2)}
+    values = gains_of(dict.fromkeys(range(9), 1.0))
+    done, _ = run([Row(0, "a", (0,))], StopRules(max_tokens=24, iterations=9), values)
+    assert [step.tokens for step in done[0].steps] == [0, 12, 12] and done[0].steps[1].gap == 0.0
+    done, _ = run([Row(0, "a", (0,))], StopRules(max_tokens=24, min_gain=0.0, iterations=9), values)
+    assert [step.tokens for step in done[0].steps] == [0, 19, 19], "what R_PIT reads counts where it decides"
+
+
+def test_no_row_begins_after_the_time(monkeypatch):
+    clock = iter([0.0, 1.0, 2.0, 10.0, 11.0, 12.0])
+    monkeypatch.setattr(improve.time, "perf_counter", lambda: next(clock))
+    rows = [Row(0, "a", (0,)), Row(1, "b", (5,)), Row(2, "c")]
+    done, _ = run(rows, StopRules(max_seconds=5.0, iterations=9), size=1)
+    assert (done[0].stop, ids(done[0])) == ("seconds", [0, 1, 2]), "the iteration under way is finished"
+    assert (done[1].stop, ids(done[1]), done[1].kept) == ("seconds", [5], 0)
+    assert (done[2].stop, done[2].steps) == ("seconds", ())
 
 
 def test_the_best_is_kept():
@@ -94,6 +105,14 @@ def test_the_best_is_kept():
     assert (done[0].kept, done[0].stop) == (2, "iterations")
     done, _ = run([Row(0, "a", (0,))], StopRules(keep="best", iterations=2), gains_of({1: -1, 2: 0.5}))
     assert done[0].kept == 0, "none is better than the one that came"
+    done, _ = run([Row(0, "a", (0,))], StopRules(keep="best", iterations=2), gains_of({1: 0.5, 2: 0.5}))
+    assert done[0].kept == 2, "by gains, though each gap is below 0"
+
+
+def test_a_gain_at_the_threshold_stops():
+    """A copy has the gain 0, which is not above 0."""
+    done, _ = run([Row(0, "a", (0,))], StopRules(min_gain=0.0, iterations=3), gains_of({1: 0.0}))
+    assert (done[0].stop, done[0].kept) == ("gap", 0)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +147,8 @@ def test_stopping_afterwards_is_stopping_on_the_way(gains, min_gain, identical, 
     rows = [Row(i, str(i), (10 * i,)) for i in range(len(gains))]
     rules = StopRules(identical, min_gain, max_tokens, 0.0, 4, keep)
     on_the_way, _ = run(rows, rules, gains_of(values))
-    to_the_end, _ = run(rows, StopRules(iterations=4), gains_of(values))
+    never = StopRules(iterations=4, min_gain=-9.0 if rules.needs_gains else None)  # so that R_PIT's tokens count too
+    to_the_end, _ = run(rows, never, gains_of(values))
     for i in range(len(gains)):
         kept, written = improve.stopped(to_the_end[i].steps, rules)
         assert (kept, written) == (on_the_way[i].kept, len(on_the_way[i].steps) - 1)

@@ -1,6 +1,7 @@
 """From rows of text to rows of ids: one tokenisation for SFT, reward models, RL, evaluation and inference."""
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 
 from pit_jax.config import DataConfig
@@ -29,6 +30,12 @@ class Encoder:
         load = lambda name: templates.load(name, self.template_folder)  # noqa: E731
         parsed = {name: templates.parse(self.tokenizer, load(name)) for name in templates.FIELDS}
         object.__setattr__(self, "_templates", parsed)
+
+    @property
+    def digest(self) -> str:
+        """Names vocabulary, templates (which a user may have edited) and windows: all that makes ids of a text."""
+        windows = self.prompt_window, self.response_window, self.reflection_window
+        return hashlib.sha256(repr((self.tokenizer.digest, self._templates, windows)).encode()).hexdigest()[:16]
 
     def policy_prompt(self, prompt: str) -> list[int]:
         """Human: {x}Assistant: (appendix A)."""

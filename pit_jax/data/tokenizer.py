@@ -4,6 +4,7 @@
 the text spells, so only `templates.fill` can put them into a row.
 """
 
+import hashlib
 import io
 import re
 from collections.abc import Iterable
@@ -22,11 +23,13 @@ class Tokenizer:
     Attributes:
       vocab_size, pad_id, bos_id, eos_id: of the vocabulary.
       control_ids: control symbol -> id.
+      digest: of the model file.
     """
 
     def __init__(self, model: bytes, name: str = "tokenizer.model"):
         """Args: model: a serialised SentencePiece model; name: where it came from, for errors."""
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.digest = hashlib.sha256(model).hexdigest()
         self.vocab_size = self._processor.vocab_size()
         self.bos_id, self.eos_id = self._processor.bos_id(), self._processor.eos_id()
         self.pad_id = max(self._processor.pad_id(), 0)  # only fills slots that no mask counts

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from pit_jax.data import templates
 from pit_jax.evaluation import store
 from pit_jax.evaluation.store import AnswerSet, Spec
 from pit_jax.pipelines import improve, pit
@@ -24,7 +23,7 @@ class Plan:
       method: chosen and rejected (of the data), policy (a model's own), or a key of `improve.METHODS`.
       stage: whose model writes them.
       of: name of the set that is improved; empty for a model's own.
-      iteration: part of the noise.
+      iteration: k of y_k; part of the noise.
       temperature: of the samples; None: that of the config.
       shuffled: each prompt gets the answer to another prompt.
     """
@@ -33,6 +32,7 @@ class Plan:
     method: str
     stage: str = ""
     of: str = ""
+    iteration: int = 0
     temperature: float | None = None
     shuffled: bool = False
 
@@ -41,7 +41,8 @@ def chain(method: str, stage: str, of: str, num_iterations: int, name: str | Non
     """y_1, y_2, ..., each made of the one before: NAME, NAME_iteration_2, ..."""
     name = name or method
     names = [of, *chain_names(name, num_iterations)]
-    return [Plan(new, method, stage, before) for before, new in zip(names, names[1:], strict=False)]
+    pairs = enumerate(zip(names, names[1:], strict=False), 1)
+    return [Plan(new, method, stage, before, k) for k, (before, new) in pairs]
 
 
 def chain_names(name: str, num_iterations: int) -> list[str]:
@@ -62,7 +63,7 @@ class Maker:
         self.root = context.workdir.root / "evaluation"
         self.prompts = store.digest([[row.prompt, row.chosen, row.rejected] for row in rows])
         self.sets: dict[str, AnswerSet] = {}
-        self._method = functools.lru_cache(maxsize=4)(self._make_method)
+        self._method = functools.lru_cache(maxsize=1)(self._make_method)
 
     def make(self, plan: Plan) -> AnswerSet:
         """The set of a plan; what it improves must have been made."""
@@ -85,35 +86,26 @@ class Maker:
         return self.context.config.evaluation.temperature if plan.temperature is None else plan.temperature
 
     def _spec(self, plan: Plan) -> Spec:
-        spec: Spec = {"method": plan.method, "prompts": self.prompts, "form": self.form}
+        spec: Spec = {"method": plan.method, "prompts": self.prompts, "form": self.context.encoder.digest}
         if plan.method in ("chosen", "rejected"):
             return spec
-        spec |= {"seed": self.context.config.seed, "temperature": self._temperature(plan), "name": plan.name}
+        spec |= {
+            "seed": self.context.config.seed,
+            "temperature": self._temperature(plan),
+            "name": plan.name,
+            "iteration": plan.iteration,
+        }
         spec |= {"models": {stage: self.context.workdir.model_digest(stage) for stage in self._stages(plan)}}
         if plan.of:
             spec |= {"of": plan.of, "of_digest": store.digest(self[plan.of].spec), "shuffled": plan.shuffled}
         return spec
 
-    @functools.cached_property
-    def form(self) -> str:
-        """Vocabulary, templates (which a user may have edited) and windows."""
-        data = self.context.config.data
-        tokenizer = (self.context.workdir.root / "data" / "tokenizer.model").read_bytes().hex()
-        texts = [templates.load(name, data.templates) for name in sorted(templates.FIELDS)]
-        return store.digest([tokenizer, texts, data.prompt_window, data.response_window, data.reflection_window])
-
     def _stages(self, plan: Plan) -> list[str]:
         return [plan.stage, *(["r_p"] if plan.method == "rerank" else [])]
 
     def _make_method(self, method: str, stage: str, temperature: float) -> improve.Method:
-        make = {
-            "policy": improve.policy,
-            "pit": improve.pit_method,
-            "self_refine": improve.self_refine,
-            "self_refine_one_call": improve.self_refine_one_call,
-            "rerank": improve.rerank,
-        }[method]
-        return make(self.context, stage, temperature, self.context.config.evaluation.batch_size)
+        size = self.context.config.evaluation.batch_size
+        return improve.make_method(self.context, method, temperature, size, stage)
 
     def _answer(self, plan: Plan) -> list[Step]:
         e = self.context.encoder
@@ -123,6 +115,6 @@ class Maker:
         if plan.shuffled:
             current = [*current[1:], *current[:1]]
         key = pit.key_of(self.context.config, f"evaluate/{self.split}/{plan.name}")
-        draws = np.asarray([(i, 0) for i in range(len(self.rows))], np.uint32)
+        draws = np.asarray([(i, plan.iteration) for i in range(len(self.rows))], np.uint32)
         method = self._method(plan.method, plan.stage, self._temperature(plan))
         return method([row.prompt for row in self.rows], current, key, draws)

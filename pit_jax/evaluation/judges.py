@@ -95,12 +95,21 @@ def by_pairs(
       comparisons: see `Judge`.
     """
 
-    def look(first: AnswerSet, second: AnswerSet) -> tuple[dict[str, Any], int]:
+    @functools.cache
+    def read(first_name: str, second_name: str) -> tuple[dict[str, Any], int]:
+        """What is kept, and whether it is of the pair the other way round; asked once, also where it is incomplete."""
+        first, second = sets[first_name], sets[second_name]
         path = lambda a, b: root / name / f"{a.name}_vs_{b.name}.json"  # noqa: E731
         of = lambda a, b: spec | {"first": store.digest(a.spec), "second": store.digest(b.spec)}  # noqa: E731
         if not path(first, second).exists() and path(second, first).exists():
             return store.values(path(second, first), of(second, first), lambda: judge(second, first)), -1
         return store.values(path(first, second), of(first, second), lambda: judge(first, second)), 1
+
+    sets: dict[str, AnswerSet] = {}
+
+    def look(first: AnswerSet, second: AnswerSet) -> tuple[dict[str, Any], int]:
+        sets.update({first.name: first, second.name: second})
+        return read(first.name, second.name)
 
     def compare(first: AnswerSet, second: AnswerSet) -> Verdicts:
         found, sign = look(first, second)
@@ -142,38 +151,51 @@ def reward_model_judge(context: pit.Context, name: str, root: Path, rows: Sequen
 def gap_judge(context: pit.Context, root: Path, rows: Sequence[PreferenceExample]) -> Judge:
     """R_PIT, asked in both orders: y_1 is better where r_gap(x, y_1, y_2) > r_gap(x, y_2, y_1) (appendix G)."""
 
+    score = functools.cache(lambda: pit.gap_scorer(context))
+
     def judge(first: AnswerSet, second: AnswerSet) -> dict[str, Any]:
         sides = zip(rows, first.ids, second.ids, strict=True)
         triples = [triple for row, a, b in sides for triple in ((row.prompt, a, b), (row.prompt, b, a))]
-        gaps = pit.gap_scorer(context)(triples, pairings=2).astype(np.float64)
+        gaps = score()(triples, pairings=2).astype(np.float64)
         outcome = win_rate.compare(gaps[:, 0] / 2, gaps[:, 1] / 2, tie_band=TIE_BAND)
         return {"outcome": outcome.tolist(), "gap": gaps[:, 0].tolist(), "swapped_gap": gaps[:, 1].tolist()}
 
-    stage = "r_p" if context.config.r_pit.loss == "r_p_difference" else "r_pit"
-    return by_pairs("r_pit", root, {"judge": "r_pit", "model": context.workdir.model_digest(stage)}, judge)
+    digest = context.workdir.model_digest(pit.gap_stage(context.config))
+    return by_pairs("r_pit", root, {"judge": "r_pit", "model": digest}, judge)
 
 
 # ----------------------------------------------------------------------------------------------------- judges of others
 
 
-def hf_judge(name_or_path: str, root: Path, rows: Sequence[PreferenceExample]) -> Judge:
-    """A reward model of Hugging Face; the paper's is OpenAssistant/reward-model-deberta-v3-large-v2 (section 4.3)."""
-    model = functools.cache(lambda: hf_reward.load(name_or_path))
+def hf_judge(name_or_path: str, max_length: int | None = None) -> Callable[[Path, Sequence[PreferenceExample]], Judge]:
+    """A reward model of Hugging Face; the paper's is OpenAssistant/reward-model-deberta-v3-large-v2 (section 4.3).
 
-    def score(answers: AnswerSet) -> np.ndarray:
-        return hf_reward.score(model(), [row.prompt.strip() for row in rows], answers.texts)
+    Args:
+      name_or_path: on the hub, or a folder.
+      max_length: tokens that it reads; None: what it says itself.
 
-    name = re.sub(r"[^A-Za-z0-9._-]+", "_", name_or_path.rstrip("/").rsplit("/", 1)[-1]) or "hf"
-    return by_scores(name, root, {"judge": "hf_reward", "model": _identity(name_or_path)}, score, TIE_BAND)
+    Returns:
+      (folder of the scores of a split, its rows) -> the judge; the model is loaded at once, so that a wrong name is
+      found before anything is generated.
+    """
+    model = hf_reward.load(name_or_path, max_length)
+    name = "hf_" + re.sub(r"[^A-Za-z0-9._-]+", "_", name_or_path.rstrip("/").rsplit("/", 1)[-1])
+    spec = {"judge": "hf_reward", "model": _identity(name_or_path), "max_length": max_length}
+
+    def make(root: Path, rows: Sequence[PreferenceExample]) -> Judge:
+        prompts = [row.prompt.strip() for row in rows]
+        return by_scores(name, root, spec, lambda answers: hf_reward.score(model, prompts, answers.texts), TIE_BAND)
+
+    return make
 
 
 def _identity(name_or_path: str) -> Any:
-    """What tells one model from another: the name on the hub, or the files of a folder."""
+    """What tells one model from another: the name on the hub, or the files of a folder as they were last written."""
     folder = Path(name_or_path)
     if not folder.is_dir():
         return name_or_path
-    described = lambda f: f.read_text("utf-8") if f.suffix == ".json" else f.stat().st_size  # noqa: E731
-    return store.digest([[f.name, described(f)] for f in sorted(folder.iterdir()) if f.is_file()])
+    files = ((f.name, f.stat()) for f in sorted(folder.iterdir()) if f.is_file())
+    return store.digest([[name, stat.st_size, stat.st_mtime_ns] for name, stat in files])
 
 
 def language_model_judge(
@@ -209,7 +231,8 @@ def language_model_judge(
         return {"outcome": outcome, "counts": counts, "replies": replies, "incomplete": counts["failed_requests"]}
 
     spec = {"judge": "llm", "server": config.server_name or config.base_url, "model": config.model}
-    spec |= {"temperature": config.temperature, "seed": config.seed, "extra": config.extra}
+    spec |= {"temperature": config.temperature, "max_tokens": config.max_tokens}
+    spec |= {"seed": config.seed, "extra": config.extra}
     spec |= {"template": store.digest(template), "prompts": num_prompts}
     return by_pairs("llm", root, spec, judge, comparisons)
 
@@ -221,12 +244,14 @@ def human_judge(root: Path) -> Judge | None:
       root: folder of COMPARISON.json, what `evaluation.pit.write_sheet` keeps of a sheet, and of COMPARISON/*.json, the
         files that annotators have saved.
     """
-    names = tuple(sorted(path.stem for path in root.glob("*.json") if any((root / path.stem).glob("*.json"))))
+    sheets = {path.stem: read_json(path) for path in sorted(root.glob("*.json"))}
+    sheets = {name: kept for name, kept in sheets.items() if any((root / name).glob("*.json"))}
+    by_sets = {tuple(kept["sets"]): name for name, kept in sheets.items()}
 
     def look(first: AnswerSet, second: AnswerSet) -> dict[str, Any]:
-        name = f"{first.name}_vs_{second.name}"
-        kept = read_json(root / f"{name}.json")
-        if [kept["first"], kept["second"]] != [store.digest(first.spec), store.digest(second.spec)]:
+        name = by_sets[first.name, second.name]
+        kept = sheets[name]
+        if kept["specs"] != [store.digest(first.spec), store.digest(second.spec)]:
             raise ValueError(
                 f"the answers have changed since the sheet of {name} was made: delete {root / name}.json and the "
                 "folder of the same name, or go back to the models of the sheet"
@@ -242,4 +267,4 @@ def human_judge(root: Path) -> Judge | None:
             whole[found["prompts"]] = part
         return verdicts
 
-    return Judge("human", compare, None, look, names) if names else None
+    return Judge("human", compare, None, look, tuple(sheets)) if sheets else None

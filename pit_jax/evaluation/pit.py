@@ -69,8 +69,9 @@ class Options:
             for name in getattr(self, field):
                 if name not in known:
                     raise ValueError(f"--{field} names {name!r}: use {', '.join(known)}")
-        if not self.judges:
-            raise ValueError(f"--judges is empty: use {', '.join(OWN_JUDGES)}")
+        for field, known in (("tables", TABLES), ("judges", OWN_JUDGES)):
+            if not getattr(self, field):
+                raise ValueError(f"--{field} is empty: use {', '.join(known)}")
         if self.num_iterations < 0:
             raise ValueError(f"--iterations={self.num_iterations}: not below 0")
         if any(t < 0 for t in self.temperatures):
@@ -91,6 +92,8 @@ class Evaluation:
         self.selection = Maker(context, "selection", context.rows["selection"])
         self.judges = make_judges(context, options.judges, self.maker)
         self.judges += more_judges(self.maker) if more_judges else []
+        if not self.judges_of_all:
+            raise ValueError(f"no judge is left of --judges={','.join(options.judges)}: the data have no requirements")
         self.details: dict[str, list[dict]] = {}
         self.num_iterations = options.num_iterations or context.config.evaluation.num_iterations
 
@@ -195,6 +198,7 @@ def write(run: Evaluation, command: str = "") -> None:
     write_text_atomic(root / "samples" / "test.jsonl", "".join(f"{store.line(sample)}\n" for sample in samples))
     write_json_atomic(root / "results.json", results)
     write_text_atomic(root / "tables.txt", tables.render(results) + "\n")
+    shutil.rmtree(root / "tables", ignore_errors=True)  # of tables that are not asked for any more
     tables.write_csv(results, root / "tables")
     _write_report(context, results, samples)
     _print_samples(run)
@@ -231,7 +235,7 @@ def write_sheet(run: Evaluation, comparison: str, num_prompts: int) -> Path:
     """
     known = _pairs(list(run.maker.sets))
     if comparison not in known:
-        raise ValueError(f"--sheet={comparison} is not a comparison of this run: {', '.join(known)}")
+        raise ValueError(f"the run has no answers for the sheet {comparison}: use one of {', '.join(known)}")
     first, second = (run.maker[name] for name in known[comparison])
     config, root = run.context.config, run.context.workdir.root
     rng = np.random.default_rng(pit.seed_of(config, f"sheet/{comparison}"))
@@ -239,7 +243,7 @@ def write_sheet(run: Evaluation, comparison: str, num_prompts: int) -> Path:
     pairs = [human.Pair(run.rows[i].prompt.strip(), first.texts[i], second.texts[i]) for i in prompts]
     seed, title = pit.seed_of(config, f"sheet/{comparison}/sides"), "Which answer is better?"
     kept = {"key": human.key(pairs, seed, title), "prompts": prompts}
-    kept |= {"first": store.digest(first.spec), "second": store.digest(second.spec)}
+    kept |= {"sets": list(known[comparison]), "specs": [store.digest(made.spec) for made in (first, second)]}
     path = human_folder(root) / f"{comparison}.json"
     if path.exists() and read_json(path) != kept and any((path.parent / comparison).glob("*.json")):
         raise ValueError(
@@ -337,26 +341,29 @@ def win_rates(run: Evaluation) -> dict:
     return found
 
 
+COMPARISONS = {
+    "original_vs_chosen": ("original", "chosen"),
+    "pit_vs_original": ("pit", "original"),
+    "pit_sft_vs_original": ("pit_sft", "original"),
+    "rl_vs_sft": ("original", "sft"),
+    "fresh_vs_original": ("fresh", "original"),
+    "pit_shuffled_vs_original": ("pit_shuffled", "original"),
+    "self_refine_vs_original": ("self_refine", "original"),
+    "pit_vs_self_refine": ("pit", "self_refine"),
+    "first_rl_only_vs_original": ("first_rl_only", "original"),
+    "first_rl_only_vs_pit": ("first_rl_only", "pit"),
+    "second_rl_only_vs_original": ("second_rl_only", "original"),
+    "second_rl_only_vs_pit": ("second_rl_only", "pit"),
+    "longer_sft_vs_original": ("longer_sft", "original"),
+    "longer_sft_vs_pit": ("longer_sft", "pit"),
+}
+"""Name -> (first, second) answers; beside them each iteration of M_PIT against the original."""
+
+
 def _pairs(names: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Comparison name -> (first, second) answers; those whose answers exist."""
-    wanted = [
-        ("original_vs_chosen", "original", "chosen"),
-        ("pit_vs_original", "pit", "original"),
-        ("pit_sft_vs_original", "pit_sft", "original"),
-        ("rl_vs_sft", "original", "sft"),
-        ("fresh_vs_original", "fresh", "original"),
-        ("pit_shuffled_vs_original", "pit_shuffled", "original"),
-        ("self_refine_vs_original", "self_refine", "original"),
-        ("pit_vs_self_refine", "pit", "self_refine"),
-        ("first_rl_only_vs_original", "first_rl_only", "original"),
-        ("first_rl_only_vs_pit", "first_rl_only", "pit"),
-        ("second_rl_only_vs_original", "second_rl_only", "original"),
-        ("second_rl_only_vs_pit", "second_rl_only", "pit"),
-        ("longer_sft_vs_original", "longer_sft", "original"),
-        ("longer_sft_vs_pit", "longer_sft", "pit"),
-    ]
-    wanted += [(f"{name}_vs_original", name, "original") for name in names if name.startswith("pit_iteration_")]
-    return {name: (a, b) for name, a, b in wanted if a in names and b in names}
+    later = {f"{name}_vs_original": (name, "original") for name in names if name.startswith("pit_iteration_")}
+    return {name: pair for name, pair in (COMPARISONS | later).items() if set(pair) <= set(names)}
 
 
 def answer_statistics(run: Evaluation, name: str) -> dict:
@@ -437,10 +444,6 @@ def judge_agreement(run: Evaluation, judge: Judge) -> dict | None:
     return agreement.accuracy(said, np.zeros(said.size)) | lacking
 
 
-def _gap_stage(context: pit.Context) -> str:
-    return "r_p" if context.config.r_pit.loss == "r_p_difference" else "r_pit"
-
-
 def labelled_scores(run: Evaluation) -> dict[str, dict[str, list[float]]]:
     """What each reward model says of the labelled pairs of all test prompts: reading is cheaper than sampling."""
     context = run.context
@@ -466,9 +469,11 @@ def labelled_scores(run: Evaluation) -> dict[str, dict[str, list[float]]]:
             found[name] = {"chosen": scores[:, 0], "rejected": scores[:, 1]}
         return found
 
-    models = {stage: context.workdir.model_digest(stage) for stage in (_gap_stage(context), "r_p", "evaluator")}
+    models = {
+        stage: context.workdir.model_digest(stage) for stage in (pit.gap_stage(context.config), "r_p", "evaluator")
+    }
     spec = {"models": models, "prompts": store.digest([[r.prompt, r.chosen, r.rejected] for r in rows])}
-    spec["form"] = run.maker.form
+    spec["form"] = context.encoder.digest
     return store.values(run.maker.root / "agreement" / "labelled.json", spec, make)
 
 
@@ -495,7 +500,7 @@ def own_margins(run: Evaluation, stage: str) -> dict[str, np.ndarray]:
             found[name] = scores[:, 0] - scores[:, 1]
         return found
 
-    models = {name: context.workdir.model_digest(name) for name in (_gap_stage(context), "r_p", "evaluator")}
+    models = {name: context.workdir.model_digest(name) for name in (pit.gap_stage(context.config), "r_p", "evaluator")}
     spec = {"models": models, "answers": store.digest(own.spec), "pairs": keep.tolist()}
     found = store.values(maker.root / "agreement" / f"own_{stage}.json", spec, make)
     found = {name: np.asarray(x, np.float64) for name, x in found.items()}
@@ -593,7 +598,10 @@ def chain_steps(run: Evaluation, maker: Maker, names: Sequence[str]) -> list[lis
             found = gains()([row.prompt for row in maker.rows], after.ids, maker[before].ids)
             return dict(zip(("gap", "gain", "scored"), map(list, zip(*found, strict=True)), strict=True))
 
-        spec = {"model": context.workdir.model_digest(_gap_stage(context)), "answers": store.digest(after.spec)}
+        spec = {
+            "model": context.workdir.model_digest(pit.gap_stage(context.config)),
+            "answers": store.digest(after.spec),
+        }
         found = store.values(maker.root / "gaps" / maker.split / f"{name}.json", spec, make)
         columns.append([
             step._replace(gap=gap, gain=gain, scored=step.scored + scored)
@@ -714,7 +722,9 @@ def rl_curves(run: Evaluation) -> dict:
     if faced:
         gaps = par_gaps(run)
         mean = float(np.mean(gaps))
-        half = 1.96 * float(np.mean(np.var(gaps, axis=1, ddof=1)) / len(gaps)) ** 0.5
+        half = (
+            1.96 * float(np.mean(np.var(gaps, axis=1, ddof=1)) / len(gaps)) ** 0.5
+        )  # within prompts: they are the same
         training = _training_scores(context, faced)
         found["rl_rewards"] = {
             "similar": [mean - half, mean + half],
@@ -734,16 +744,21 @@ def rl_curves(run: Evaluation) -> dict:
 
 
 def par_gaps(run: Evaluation, num_pairs: int = 8) -> np.ndarray:
-    """r_gap(x, y, y_ref) of pairs of M_P^RL's own answers to the selection prompts, [n, num_pairs]."""
-    context, rows = run.context, run.selection.rows
+    """r_gap(x, y, y_ref) of pairs of M_P^RL's own answers to the prompts that checkpoints of RL are measured on.
+
+    Returns:
+      [rollout_size, num_pairs]; sampled as in RL.
+    """
+    context, settings = run.context, run.context.config.ppo_pit
+    rows = pit.selection_rows(context, settings.rollout_size)
     maker = Maker(context, "par", [row for row in rows for _ in range(2 * num_pairs)])
-    own = maker.make(Plan("rl_policy", "policy", "rl_policy"))
+    own = maker.make(Plan("rl_policy", "policy", "rl_policy", temperature=settings.temperature))
 
     def make() -> dict:
         pairs = zip(maker.rows[::2], own.ids[::2], own.ids[1::2], strict=True)
         return {"gap": pit.gap_scorer(context)([(row.prompt, a, b) for row, a, b in pairs])[:, 0]}
 
-    spec = {"model": context.workdir.model_digest(_gap_stage(context)), "answers": store.digest(own.spec)}
+    spec = {"model": context.workdir.model_digest(pit.gap_stage(context.config)), "answers": store.digest(own.spec)}
     gaps = store.values(maker.root / "gaps" / maker.split / "rl_policy.json", spec, make)["gap"]
     return np.reshape(gaps, (len(rows), num_pairs))
 
@@ -790,7 +805,7 @@ def costs(run: Evaluation) -> dict[str, dict]:
 
 
 def judge_costs(run: Evaluation) -> dict[str, dict]:
-    """What judges that count have counted, summed over comparisons; rates are means over replies."""
+    """What judges that count have counted, summed over comparisons; rates are means over comparisons."""
     found = {}
     for name, counts in run.details.items():
         if counts:

@@ -5,7 +5,8 @@ scores/SPLIT/JUDGE/NAME.json      one score per prompt
 verdicts/SPLIT/JUDGE/A_vs_B.json  one outcome per prompt, with what the judge said
 gaps/SPLIT/NAME.json              R_PIT's gap and gain of each answer over the one that it improves
 agreement/NAME.json               scores of labelled pairs, and of pairs of a policy's own answers
-rl/STAGE.json                     R_PIT's gaps of a second sample of M_P
+human/                            keys of sheets and the verdicts of people
+calls/                            what a language model has been asked, and its replies
 
 Each file begins with its `spec`: what it was made from. Where that has changed (a stage was trained again, another
 temperature, other prompts), the file is made anew. Models are in it by the checksums of their parameters.

@@ -42,7 +42,7 @@ class Step(NamedTuple):
       ids: of the answer, without EOS.
       read: tokens that policies were given to write it.
       written: tokens that they sampled, EOS and feedback among them.
-      scored: tokens that reward models were given to choose it or to tell whether it is better.
+      scored: tokens that reward models were given to choose it, or to decide whether to go on.
       parsed: False where the feedback could not be used, so that the answer is the one before.
       gap: r_gap(x, y_k, y_{k-1}) by R_PIT; None for y_0, and where it was not asked for.
       gain: gap - r_gap(x, y_{k-1}, y_{k-1}): how much further than a copy. A copy has 0, whatever the offset of R_PIT.
@@ -83,7 +83,7 @@ class StopRules:
       identical: an answer equals the one before.
       min_gain: an answer's gain is not above this; the one before is then the result. None: off.
       max_tokens: the row has taken at least so many tokens; 0: off.
-      max_seconds: so much time has gone by since the start; 0: off.
+      max_seconds: so much time has gone by since the start; rows that have not begun then stay as they are. 0: off.
       iterations: K, at most so many new answers.
       keep: last, or best: the answer up to which the gains add up to most.
     """
@@ -194,7 +194,10 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Improved:
-    """A finished row: y_0, y_1, ..., which of them is the result, and why it stopped there."""
+    """A finished row: y_0, y_1, ..., which of them is the result, and why it stopped there.
+
+    Without y_0 where no time was left to write one.
+    """
 
     row: Row
     steps: tuple[Step, ...]
@@ -228,6 +231,10 @@ def run(
     waiting = iter(rows)
     active: list[tuple[Row, list[Step]]] = []
     while True:
+        if rules.max_seconds and time.perf_counter() - started >= rules.max_seconds:
+            for row in waiting:
+                steps = () if row.response is None else (Step(tuple(row.response)),)
+                yield Improved(row, steps, 0, "seconds")
         new = [row for _, row in zip(range(batch_size - len(active)), waiting, strict=False)]
         asked = [row for row in new if row.response is None]
         draws = np.asarray([(row.number, 0) for row in asked], np.uint32)
@@ -239,7 +246,7 @@ def run(
         draws = np.asarray([(row.number, len(steps)) for row, steps in active], np.uint32)
         after = method(prompts, before, key, draws)
         if gains is not None:
-            after = with_gains(gains, prompts, after, before)
+            after = with_gains(gains, prompts, after, before, rules.needs_gains)
         seconds = time.perf_counter() - started
         remaining = []
         for (row, steps), step in zip(active, after, strict=True):
@@ -251,11 +258,13 @@ def run(
         active = remaining
 
 
-def with_gains(gains: Gains, prompts: Sequence[str], after: Sequence[Step], before: Sequence[Ids]) -> list[Step]:
-    """The steps with gap, gain and what it took to know them."""
+def with_gains(
+    gains: Gains, prompts: Sequence[str], after: Sequence[Step], before: Sequence[Ids], decide: bool
+) -> list[Step]:
+    """The steps with gap and gain, and what it took to know them where they decide something."""
     values = gains(prompts, [step.ids for step in after], before)
     return [
-        step._replace(gap=gap, gain=gain, scored=step.scored + scored)
+        step._replace(gap=gap, gain=gain, scored=step.scored + (scored if decide else 0))
         for step, (gap, gain, scored) in zip(after, values, strict=True)
     ]
 
@@ -266,10 +275,11 @@ def with_gains(gains: Gains, prompts: Sequence[str], after: Sequence[Step], befo
 class Sampler:
     """A model of a finished stage that answers prompts, `size` at a time so that one program serves all."""
 
-    def __init__(self, context: pit.Context, stage: str, window: int, settings: SamplingConfig, size: int):
-        """Args: stage: of the model; window: longest prompt; settings: of sampling; size: rows of a batch."""
+    def __init__(self, context: pit.Context, stage: str, window: int, settings: SamplingConfig, size: int, params=None):
+        """Args: stage: of the model; window: longest prompt; settings: of sampling; size: rows of a batch; params: of
+        the model, where they are in memory already."""
         self._eos = context.encoder.tokenizer.eos_id
-        self._params = pit.load_model(context, stage)
+        self._params = pit.load_model(context, stage) if params is None else params
         self._generate = pit.jitted_generate(pit.model_of(context, stage), settings, self._eos)
         self._window, self._size = batches.round_up(window), batches.round_up(size, sharding.mesh_shape()["data"])
 
@@ -322,9 +332,10 @@ def self_refine(context: pit.Context, stage: str, temperature: float, size: int)
     """
     e, data = context.encoder, context.config.data
     feedback_settings = SamplingConfig(data.reflection_window, temperature)
-    critic = Sampler(context, stage, e.reflection_prompt_window, feedback_settings, size)
+    params = pit.load_model(context, stage)
+    critic = Sampler(context, stage, e.reflection_prompt_window, feedback_settings, size, params)
     settings = SamplingConfig(data.response_window, temperature)
-    refiner = Sampler(context, stage, e.refinement_prompt_window, settings, size)
+    refiner = Sampler(context, stage, e.refinement_prompt_window, settings, size, params)
 
     def improve(xs, ys, key, draws):
         prompts = [e.reflection_prompt(x, y) for x, y in zip(xs, ys, strict=True)]
@@ -365,23 +376,35 @@ def rerank(context: pit.Context, stage: str, temperature: float, size: int) -> M
         form = lambda x, y: [*e.policy_prompt(x), *y, e.tokenizer.eos_id]  # noqa: E731
         groups = [(form(x, y), form(x, step.ids)) for x, y, step in zip(xs, ys, new, strict=True)]
         scores = pit.score_groups(model, params, groups, batch_size=size)
-        # The score of the earlier answer is known from the iteration before: a row reads the new one alone.
+        # The score of the earlier answer is known from the iteration before, but for y_0.
+        read = [len(new) + (len(old) if draw[1] <= 1 else 0) for (old, new), draw in zip(groups, draws, strict=True)]
         return [
-            step._replace(ids=step.ids if b > a else tuple(y), scored=len(group[1]))
-            for step, y, group, (a, b) in zip(new, ys, groups, scores, strict=True)
+            step._replace(ids=step.ids if b > a else tuple(y), scored=n)
+            for step, y, n, (a, b) in zip(new, ys, read, scores, strict=True)
         ]
 
     return improve
 
 
-def make_method(context: pit.Context, name: str, temperature: float, size: int) -> Method:
-    """A method of `METHODS` with the models of the finished run."""
-    if name not in METHODS:
-        raise ValueError(f"method {name!r}: use one of {', '.join(METHODS)}")
-    if name == "pit":
-        return pit_method(context, pit.final_stage(context.config), temperature, size)
-    make = {"self_refine": self_refine, "self_refine_one_call": self_refine_one_call, "rerank": rerank}[name]
-    return make(context, "rl_policy", temperature, size)
+def make_method(context: pit.Context, name: str, temperature: float, size: int, stage: str = "") -> Method:
+    """A method of `METHODS`, or policy.
+
+    Args:
+      context: of the finished run.
+      name: of the method.
+      temperature: of its samples.
+      size: rows of a batch.
+      stage: whose model writes; empty: the last one, M_PIT^RL or M_P^RL.
+    """
+    make = {
+        "policy": policy,
+        "pit": pit_method,
+        "self_refine": self_refine,
+        "self_refine_one_call": self_refine_one_call,
+        "rerank": rerank,
+    }[name]
+    last = pit.final_stage(context.config) if name == "pit" else "rl_policy"
+    return make(context, stage or last, temperature, size)
 
 
 def make_gains(context: pit.Context) -> Gains:
@@ -391,7 +414,9 @@ def make_gains(context: pit.Context) -> Gains:
     def gains(xs, ys, refs):
         triples = [t for x, y, ref in zip(xs, ys, refs, strict=True) for t in ((x, y, ref), (x, ref, ref))]
         gaps = score(triples, pairings=2)
-        read = [len(e.pit_prompt(x, ref)) + len(y) + len(ref) + 2 for x, y, ref in zip(xs, ys, refs, strict=True)]
+        # What both pairings begin with is read once.
+        prompt = e.pit_prompt if pit.gap_stage(context.config) == "r_pit" else lambda x, _: e.policy_prompt(x)
+        read = [len(prompt(x, ref)) + len(y) + len(ref) + 2 for x, y, ref in zip(xs, ys, refs, strict=True)]
         return [(float(gap), float(gap - copy), n) for (gap, copy), n in zip(gaps, read, strict=True)]
 
     return gains

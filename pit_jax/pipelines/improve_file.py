@@ -41,17 +41,13 @@ class Improver:
         self.context, self.settings, self.size = context, settings, size
         self._method = improve.make_method(context, settings.method, settings.temperature, size)
         self._first = None
-        gap_stage = "r_p" if context.config.r_pit.loss == "r_p_difference" else "r_pit"
-        has_gaps = context.workdir.done(gap_stage) is not None
+        has_gaps = context.workdir.done(pit.gap_stage(context.config)) is not None
         if settings.rules.needs_gains and not has_gaps:
             raise ValueError(f"--stop=gap and --keep=best need R_PIT, but {context.workdir.root} has not finished it")
         self._gains = improve.make_gains(context) if has_gaps else None
 
     def _first_answers(self, *arguments):
         if self._first is None:  # most files bring their answers
-            lacking = self.context.workdir.done("rl_policy") is None
-            if lacking:
-                raise ValueError("a row without a response needs M_P, but the workdir has not finished rl_policy")
             self._first = improve.policy(self.context, "rl_policy", self.settings.temperature, self.size)
         return self._first(*arguments)
 
@@ -68,6 +64,10 @@ class Improver:
         if size > data.prompt_window:
             raise DataError(f"{where}: the prompt has {size} tokens, but the models read {data.prompt_window}")
         if answer.response is None:
+            if self.context.workdir.done("rl_policy") is None:
+                raise DataError(
+                    f"{where}: there is no response, and the workdir has not finished rl_policy to write one"
+                )
             return Row(answer.number, prompt)
         ids = tuple(e.tokenizer.encode(answer.response))
         if len(ids) > data.response_window:
@@ -81,6 +81,8 @@ class Improver:
 
     def line(self, answer: Answer, improved: Improved) -> dict:
         """What the output says of a row."""
+        if not improved.steps:
+            return {"line": answer.number, "error": f"line {answer.number}: no time was left to write a response"}
         texts = [self.context.encoder.text(step.ids) for step in improved.steps]
         if answer.response is not None:
             texts[0] = answer.response
@@ -110,7 +112,7 @@ class Progress:
         if self.path.exists() and self.path.stat().st_size:
             complete = self.path.read_bytes()
             complete = complete[: complete.rfind(b"\n") + 1]  # a line that was cut short is done again
-            header, *lines = map(json.loads, complete.decode("utf-8").split("\n")[:-1])
+            header, *lines = [*map(json.loads, complete.decode("utf-8").split("\n")[:-1])] or [made_from]
             differing = [name for name in made_from if header.get(name) != made_from[name]]
             if differing:
                 raise ValueError(
@@ -120,7 +122,7 @@ class Progress:
             with open(self.path, "r+b") as file:
                 file.truncate(len(complete))
         self._file = open(self.path, "a", encoding="utf-8", newline="")  # noqa: SIM115
-        if not self._file.tell():
+        if not self.path.stat().st_size:
             self._write(made_from)
 
     def add(self, line: dict) -> None:
@@ -153,18 +155,21 @@ def run(improver: Improver, source: Path, output: Path) -> list[dict]:
       The lines of the output.
 
     Raises:
-      ValueError: where the output is there already, or cannot be written.
+      ValueError: where the output is there already, or its folder is not.
     """
     context, settings = improver.context, improver.settings
     if output.exists():
         raise ValueError(f"--output={output} is there already: name another, or delete it")
     if not output.parent.is_dir():
         raise ValueError(f"--output={output}: there is no folder {output.parent}")
-    stages = [pit.final_stage(context.config) if s == "final" else s for s in improve.METHODS[settings.method]]
+    stages = {pit.final_stage(context.config) if s == "final" else s for s in improve.METHODS[settings.method]}
+    more = {pit.gap_stage(context.config), "rl_policy"}  # which stop rows, and write first answers
+    stages |= {stage for stage in more if context.workdir.done(stage) is not None}
     made_from = {
         "input": hashlib.sha256(source.read_bytes()).hexdigest() if source.is_file() else "",
         "settings": json.loads(json.dumps(dataclasses.asdict(settings))),
-        "models": {stage: context.workdir.model_digest(stage) for stage in stages},
+        "models": {stage: context.workdir.model_digest(stage) for stage in sorted(stages)},
+        "templates": context.encoder.digest,
     }
     found = {answer.number: answer for answer in read_answers(source)}
     progress = Progress(output, made_from)

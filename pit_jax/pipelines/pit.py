@@ -389,12 +389,18 @@ def score_groups(
     if not groups:
         return np.zeros((0, 0), np.float32)
     data = batches.score_rows(groups, 32)
+    batch_size = batches.round_up(batch_size, sharding.mesh_shape().get("data", 1))
     out = []
     for start in range(0, len(groups), batch_size):
         rows = np.minimum(np.arange(start, start + batch_size), len(groups) - 1)
         batch = sharding.shard_batch(jax.tree.map(lambda x: x[rows], data))  # noqa: B023
         out.append(np.asarray(_jitted_scores(model)(params, batch)))
     return np.concatenate(out)[: len(groups)]
+
+
+def gap_stage(config: PitConfig) -> str:
+    """The stage whose reward model gives r_gap."""
+    return "r_p" if config.r_pit.loss == "r_p_difference" else "r_pit"
 
 
 def gap_scorer(context: Context) -> Callable[..., np.ndarray]:
@@ -406,8 +412,8 @@ def gap_scorer(context: Context) -> Callable[..., np.ndarray]:
     """
     e = context.encoder
     eos = e.tokenizer.eos_id
-    by_difference = context.config.r_pit.loss == "r_p_difference"
-    stage = "r_p" if by_difference else "r_pit"
+    stage = gap_stage(context.config)
+    by_difference = stage == "r_p"
     model, params = model_of(context, stage), load_model(context, stage)
 
     def score(triples: Sequence[tuple[str, Sequence[int], Sequence[int]]], pairings: int = 1) -> np.ndarray:
@@ -665,7 +671,7 @@ def rl_stage(context: Context, stage: str, settings: PPOConfig, start: str, refe
         chosen_rows, use_chosen = [rows[n // num_uses] for n in numbers], [n % num_uses == 1 for n in numbers]
         return batch_of(chosen_rows, use_chosen, sampled, step, settings.samples_per_prompt)
 
-    held = [context.rows["selection"][i % len(context.rows["selection"])] for i in range(settings.rollout_size)]
+    held = selection_rows(context, settings.rollout_size)
     validation = batch_of(held, [i % 2 == 1 for i in range(len(held))], key_of(config, f"{stage}/selection"), 0)
     candidates = Candidates(context.workdir.candidates(stage))
 
@@ -712,6 +718,12 @@ def rl_stage(context: Context, stage: str, settings: PPOConfig, start: str, refe
         "kl_bins": winners,
         "candidates": {str(k): v for k, v in measured.items()},
     }
+
+
+def selection_rows(context: Context, n: int) -> list[PreferenceExample]:
+    """The n selection rows that checkpoints of RL are measured on; from the first again where there are fewer."""
+    rows = context.rows["selection"]
+    return [rows[i % len(rows)] for i in range(n)]
 
 
 def _updates(settings: PPOConfig) -> int:
