@@ -159,7 +159,7 @@ def test_every_method_counts_what_it_takes(improver, tmp_path, method):
             if method == "rerank":
                 assert step["read"] == len(e.policy_prompt(PROMPT))
             assert step["written"] >= 1
-    if method == "rerank":  # the same answer from the same noise
+    if method == "rerank":
         assert lines[0]["steps"][1]["scored"] > 0
 
 

@@ -370,9 +370,9 @@ def answer_statistics(run: Evaluation, name: str) -> dict:
     """What a set of answers looks like.
 
     Returns:
-      tokens: mean length; copy_rate: share of answers equal to their own ref_response (None where there is none);
-      ended: share with EOS; by the verifier share_met, and all_met: share of answers that meet everything; fixed and
-      kept: the latter among the prompts whose Original fails something, and among the others.
+      tokens: mean length; copy_rate: share of answers whose ids are those of their own ref_response (None where there
+      is none); ended: share with EOS; by the verifier share_met, and all_met: share of answers that meet everything;
+      fixed and kept: the latter among the prompts whose Original fails something, and among the others.
     """
     mean = lambda values: float(np.mean(values)) if len(values) else None  # noqa: E731
     found = run.maker[name]

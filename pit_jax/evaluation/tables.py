@@ -7,6 +7,7 @@ and perhaps no_verdict, the number of prompts that are not in n as the judge gav
     answers             {"pit": {statistic: number or None}}
     iterations          {method: [{iteration, answer, tokens, written, copy_rate, length, share_met, all_met,
                         delta: {judge: {delta, low, high, n}}}]}; tokens: read and written up to here, per prompt
+    equal_tokens        [{first, first_tokens, method, second, second_tokens, comparisons: {judge: summary}}]
     stop_rules          [{method, rule, judge, score, regret, tokens, iterations, n}]; stop_rules_note: more of them
     temperature_sweep   {temperatures: [...], comparisons: {name: {judge: [summary per temperature]}}}
     chain_of_thought    the same, or {name: {judge: summary}} at one temperature
