@@ -42,8 +42,6 @@ _LLM_MAX_TOKENS = flags.DEFINE_integer(
 _LLM_TEMPERATURE = flags.DEFINE_float("llm_temperature", 0.0, "Of its replies; below 0 leaves it to the server.")
 _LLM_EXTRA = flags.DEFINE_string("llm_extra", "", "A JSON object of further request fields.")
 _LLM_COMPARISONS = flags.DEFINE_list("llm_comparisons", [*COMPARISONS, "chosen_vs_rejected"], "What it is asked about.")
-
-
 _BENCHMARK = flags.DEFINE_enum("benchmark", None, list(benchmark_files.BENCHMARKS), "Score --input, and nothing else.")
 _INPUT = flags.DEFINE_string("input", None, "Of --benchmark: JSON lines, or the annotations of AlpacaEval.")
 _DIFFICULTY = flags.DEFINE_string("difficulty", None, "Of --benchmark=alpaca_eval: instructions with their difficulty.")
@@ -117,7 +115,7 @@ def score_benchmark() -> None:
         if not _BENCHMARK.value or not _INPUT.value:
             raise ValueError("name --workdir=FOLDER, or --benchmark=NAME and --input=FILE")
         print(json.dumps(benchmark_files.score(_BENCHMARK.value, _INPUT.value, _DIFFICULTY.value), indent=2))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

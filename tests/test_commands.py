@@ -419,6 +419,16 @@ def test_nothing_is_made_twice(evaluated, cache):
     assert again == results
 
 
+def test_a_table_by_itself_uses_the_same_answers(evaluated, cache, tmp_path):
+    """Whichever table asks first for a set of answers, it is made in the same way."""
+    workdir = tmp_path / "smoke"
+    shutil.copytree(evaluated[0], workdir)
+    answers = {path: path.read_bytes() for path in (workdir / "evaluation" / "answers").rglob("*.jsonl")}
+    result = evaluate(workdir, cache, "--tables=temperatures,ratings")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert {path: path.read_bytes() for path in (workdir / "evaluation" / "answers").rglob("*.jsonl")} == answers
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

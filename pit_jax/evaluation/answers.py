@@ -23,7 +23,6 @@ class Plan:
       method: chosen and rejected (of the data), policy (a model's own), or a key of `improve.METHODS`.
       stage: whose model writes them.
       of: name of the set that is improved; empty for a model's own.
-      iteration: k of y_k; part of the noise.
       temperature: of the samples; None: that of the config.
       shuffled: each prompt gets the answer to another prompt.
     """
@@ -32,7 +31,6 @@ class Plan:
     method: str
     stage: str = ""
     of: str = ""
-    iteration: int = 0
     temperature: float | None = None
     shuffled: bool = False
 
@@ -41,8 +39,7 @@ def chain(method: str, stage: str, of: str, num_iterations: int, name: str | Non
     """y_1, y_2, ..., each made of the one before: NAME, NAME_iteration_2, ..."""
     name = name or method
     names = [of, *chain_names(name, num_iterations)]
-    pairs = enumerate(zip(names, names[1:], strict=False), 1)
-    return [Plan(new, method, stage, before, k) for k, (before, new) in pairs]
+    return [Plan(new, method, stage, before) for before, new in zip(names, names[1:], strict=False)]
 
 
 def chain_names(name: str, num_iterations: int) -> list[str]:
@@ -93,12 +90,16 @@ class Maker:
             "seed": self.context.config.seed,
             "temperature": self._temperature(plan),
             "name": plan.name,
-            "iteration": plan.iteration,
+            "iteration": self._iteration(plan),
         }
         spec |= {"models": {stage: self.context.workdir.model_digest(stage) for stage in self._stages(plan)}}
         if plan.of:
             spec |= {"of": plan.of, "of_digest": store.digest(self[plan.of].spec), "shuffled": plan.shuffled}
         return spec
+
+    def _iteration(self, plan: Plan) -> int:
+        """k of y_k."""
+        return 1 + self[plan.of].spec["iteration"] if plan.of else 0
 
     def _stages(self, plan: Plan) -> list[str]:
         return [plan.stage, *(["r_p"] if plan.method == "rerank" else [])]
@@ -115,6 +116,6 @@ class Maker:
         if plan.shuffled:
             current = [*current[1:], *current[:1]]
         key = pit.key_of(self.context.config, f"evaluate/{self.split}/{plan.name}")
-        draws = np.asarray([(i, plan.iteration) for i in range(len(self.rows))], np.uint32)
+        draws = np.asarray([(i, self._iteration(plan)) for i in range(len(self.rows))], np.uint32)
         method = self._method(plan.method, plan.stage, self._temperature(plan))
         return method([row.prompt for row in self.rows], current, key, draws)

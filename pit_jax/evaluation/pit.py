@@ -69,7 +69,6 @@ class Options:
             for name in getattr(self, field):
                 if name not in known:
                     raise ValueError(f"--{field} names {name!r}: use {', '.join(known)}")
-        for field, known in (("tables", TABLES), ("judges", OWN_JUDGES)):
             if not getattr(self, field):
                 raise ValueError(f"--{field} is empty: use {', '.join(known)}")
         if self.num_iterations < 0:
@@ -722,9 +721,8 @@ def rl_curves(run: Evaluation) -> dict:
     if faced:
         gaps = par_gaps(run)
         mean = float(np.mean(gaps))
-        half = (
-            1.96 * float(np.mean(np.var(gaps, axis=1, ddof=1)) / len(gaps)) ** 0.5
-        )  # within prompts: they are the same
+        # The checkpoints answer the same prompts, so only the spread within prompts counts.
+        half = 1.96 * float(np.mean(np.var(gaps, axis=1, ddof=1)) / len(gaps)) ** 0.5
         training = _training_scores(context, faced)
         found["rl_rewards"] = {
             "similar": [mean - half, mean + half],
