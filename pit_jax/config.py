@@ -293,6 +293,148 @@ class PitConfig:
             _check(arm in ARMS, f"arms names {arm!r}: use {', '.join(ARMS)}")
 
 
+@dataclasses.dataclass(frozen=True)
+class DPOConfig:
+    """Direct preference optimization (SRT stage 2; section 4.1 of the paper)."""
+
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-7, schedule="cosine", warmup_fraction=0.1)
+    beta: float = 0.01
+    loss: str = "sigmoid"  # sigmoid, ipo, hinge (SLiC)
+    label_smoothing: float = 0.0  # sigmoid only
+    length_normalized: bool = False  # log-probs per token instead of per response
+    batch_size: int = 32
+    num_steps: int = 0  # 0: from num_epochs
+    num_epochs: float = 1.0
+    accumulation: int = 1
+    save_every: int = 200
+
+    def __post_init__(self):
+        _check(self.loss in ("sigmoid", "ipo", "hinge"), f"loss is {self.loss!r}: use sigmoid, ipo or hinge")
+        _check(not self.label_smoothing or self.loss == "sigmoid", "label_smoothing is for loss=sigmoid: set it to 0")
+        _check(0 <= self.label_smoothing < 0.5, f"label_smoothing={self.label_smoothing}: from 0 to below 0.5")
+        _positive(self, "beta", "batch_size", "num_epochs", "accumulation", "save_every")
+
+
+@dataclasses.dataclass(frozen=True)
+class CriticConfig:
+    """Who writes the feedback of stage 1 (SRT section 3.1.1)."""
+
+    kind: str = "verifier"  # verifier (synthetic data only), server, workdir (the model of another SRT run)
+    error_rate: float = 0.0  # kind=verifier: share of the requirements that it judges wrongly
+    base_url: str = ""  # kind=server: an OpenAI-compatible one; the key is in api_key_env
+    model: str = ""
+    api_key_env: str = "OPENAI_API_KEY"
+    temperature: float = 0.0
+    max_tokens: int = 2048
+    extra: str = ""  # a JSON object of further request fields
+    max_in_flight: int = 32
+    timeout_s: float = 120.0
+    workdir: str = ""  # kind=workdir
+
+    def __post_init__(self):
+        _check(
+            self.kind in ("verifier", "server", "workdir"), f"kind is {self.kind!r}: use verifier, server or workdir"
+        )
+        _check(0 <= self.error_rate <= 1, f"error_rate={self.error_rate}: from 0 to 1")
+        _check(self.kind == "verifier" or not self.error_rate, "error_rate is for kind=verifier: set it to 0")
+        _check(
+            self.kind != "server" or bool(self.base_url and self.model),
+            "kind is 'server': set --config.critic.base_url=http://HOST/v1 and --config.critic.model=NAME",
+        )
+        _check(self.kind != "workdir" or bool(self.workdir), "kind is 'workdir': set --config.critic.workdir=FOLDER")
+
+
+@dataclasses.dataclass(frozen=True)
+class FeedbackConfig:
+    """How responses, critiques and refinements are made and which are kept (SRT sections 3.1.1, 3.2 and 4.1)."""
+
+    num_prompts: int = 0  # 0: all of the fold
+    temperature: float = 0.7  # of the initial responses; critique and refinement are greedy
+    num_critiques: int = 1  # rounds of critique and refinement; that with the highest score is kept (Table 2)
+    keep_ties: bool = True  # False: the refinement's score must exceed the response's
+    min_margin: float = 0.0  # by how much at least
+    gap_workdir: str = ""  # a PIT run whose R_PIT must find the refinement better as well; empty: none
+
+    def __post_init__(self):
+        _positive(self, "num_critiques")
+        _check(self.num_prompts >= 0, f"num_prompts={self.num_prompts}: not below 0")
+        _check(self.temperature >= 0, f"temperature={self.temperature}: not below 0")
+
+
+SRT_ARMS = (
+    *("without_score", "without_suggestions", "without_weaknesses", "without_feedback", "all_but_refinement"),
+    *("quarter", "half"),
+)
+"""Stage 1 with a part of the sequence left out (Table 6), and on a part of the sequences (Figure 5)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SrtEvaluationConfig:
+    """The tables at the end (SRT section 4)."""
+
+    num_prompts: int = 640  # at most; the test rows there are
+    batch_size: int = 128
+    temperature: float = 0.7  # of first answers
+    num_iterations: int = 3  # refinements of refinements
+    num_candidates: int = 16  # of re-ranking (Figure 4)
+    num_resamples: int = 10_000
+    show_samples: int = 3
+
+    def __post_init__(self):
+        _positive(self, "num_prompts", "batch_size", "num_iterations", "num_candidates", "num_resamples")
+
+
+@dataclasses.dataclass(frozen=True)
+class SrtConfig:
+    """SRT: two stages of self-refinement tuning (SRT section 3)."""
+
+    name: str = "srt"
+    seed: int = 0
+    mesh: MeshConfig = MeshConfig()
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    policy_model: ModelConfig = ModelConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    sft_policy: SFTConfig = SFTConfig()  # M_base
+    critic: CriticConfig = CriticConfig()
+    feedback_window: int = 512  # tokens of a critique with its headings, without the refinement
+    critic_feedback: FeedbackConfig = FeedbackConfig()  # stage 1
+    srt: SFTConfig = SFTConfig(
+        optimizer=OptimizerConfig(learning_rate=1e-5, schedule="cosine", warmup_fraction=0.1), num_epochs=5.0
+    )
+    without: str = ""  # of the sequence: score, suggestions, weaknesses, feedback, all_but_refinement (Table 6)
+    learn: tuple[str, ...] = ("response", "weaknesses", "suggestions", "score", "refinement")  # parts with loss
+    self_feedback: FeedbackConfig = FeedbackConfig(keep_ties=False)  # stage 2
+    dpo: DPOConfig = DPOConfig()
+    num_rounds: int = 1  # of stage 2
+    arms: tuple[str, ...] = ()  # extra models for the tables, of SRT_ARMS above
+    evaluation: SrtEvaluationConfig = SrtEvaluationConfig()
+
+    def __post_init__(self):
+        parts = SrtConfig.__dataclass_fields__["learn"].default
+        for part in self.learn:
+            _check(part in parts, f"learn names {part!r}: use {', '.join(parts)}")
+        _check("refinement" in self.learn, "learn must name refinement: nothing else ends a sequence")
+        _check(self.num_rounds >= 0, f"num_rounds={self.num_rounds}: not below 0")
+        known = ("", "score", "suggestions", "weaknesses", "feedback", "all_but_refinement")
+        _check(self.without in known, f"without is {self.without!r}: use {', '.join(known[1:])}, or leave it empty")
+        _check(
+            not self.num_rounds or self.without in ("", "suggestions", "weaknesses"),
+            f"without={self.without}: such a model gives no score, which stage 2 needs: set num_rounds to 0",
+        )
+        _check(self.data.source == "synthetic" or self.critic.kind != "verifier", NO_VERIFIER)
+        for arm in self.arms:
+            _check(arm in SRT_ARMS, f"arms names {arm!r}: use {', '.join(SRT_ARMS)}")
+
+
+NO_VERIFIER = "critic.kind=verifier knows the synthetic task only: set --config.critic.kind=server"
+
+
+def class_of(config: ml_collections.ConfigDict | dict) -> type:
+    """The dataclass of a whole config, by its fields."""
+    return SrtConfig if "critic" in config else PitConfig
+
+
 def to_config_dict(config: Any) -> ml_collections.ConfigDict:
     """A dataclass as a locked ConfigDict, whose fields flags can override."""
 

@@ -7,24 +7,30 @@ evaluation/, so a second start, or one that asks for more, makes only what is mi
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
 import jax
 from absl import app, flags, logging
 
-from pit_jax import client, sharding
-from pit_jax.data.sources import DataError
-from pit_jax.evaluation import benchmark_files, judges, llm_judge, pit as evaluation
-from pit_jax.pipelines import pit
+from pit_jax import cli, client, sharding
+from pit_jax.config import PitConfig, SrtConfig
+from pit_jax.evaluation import benchmark_files, judges, llm_judge, pit, run, srt
+from pit_jax.evaluation.run import MoreJudges, Options, System
+from pit_jax.pipelines import common
+from pit_jax.pipelines.common import Context
 
-COMPARISONS = ["original_vs_chosen", "pit_vs_original", "self_refine_vs_original", "pit_vs_self_refine"]
-"""Those of Table 1; Table 4 asks about the labelled pairs."""
+SYSTEMS = {PitConfig: pit.SYSTEM, SrtConfig: srt.SYSTEM}
+
+
+def _names(field: str) -> str:
+    """Of tables or judges, for the help."""
+    return "; SRT ".join(", ".join(getattr(system, field)) for system in SYSTEMS.values())
+
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a finished `python -m pit_jax.train`.")
-_TABLES = flags.DEFINE_list("tables", ["all"], f"all, or some of {', '.join(evaluation.TABLES)}.")
-_JUDGES = flags.DEFINE_list("judges", ["verifier", "evaluator"], f"Of {', '.join(evaluation.OWN_JUDGES)}.")
+_TABLES = flags.DEFINE_list("tables", ["all"], f"all, or some of: PIT {_names('tables')}.")
+_JUDGES = flags.DEFINE_list("judges", [], f"The run's own: PIT {_names('judges')}; none: the usual ones.")
 _ITERATIONS = flags.DEFINE_integer("iterations", 5, "K: iterations of each method.")
 _TEMPERATURES = flags.DEFINE_list("temperatures", ["0", "0.2", "0.4", "0.6", "0.8", "1"], "Of the temperature sweep.")
 _SHUFFLES = flags.DEFINE_integer("shuffles", 100, "Orders of the comparisons for Elo.")
@@ -41,7 +47,7 @@ _LLM_MAX_TOKENS = flags.DEFINE_integer(
 )
 _LLM_TEMPERATURE = flags.DEFINE_float("llm_temperature", 0.0, "Of its replies; below 0 leaves it to the server.")
 _LLM_EXTRA = flags.DEFINE_string("llm_extra", "", "A JSON object of further request fields.")
-_LLM_COMPARISONS = flags.DEFINE_list("llm_comparisons", [*COMPARISONS, "chosen_vs_rejected"], "What it is asked about.")
+_LLM_COMPARISONS = flags.DEFINE_list("llm_comparisons", [], "What it is asked about; none: the main ones.")
 _BENCHMARK = flags.DEFINE_enum("benchmark", None, list(benchmark_files.BENCHMARKS), "Score --input, and nothing else.")
 _INPUT = flags.DEFINE_string("input", None, "Of --benchmark: JSON lines, or the annotations of AlpacaEval.")
 _DIFFICULTY = flags.DEFINE_string("difficulty", None, "Of --benchmark=alpaca_eval: instructions with their difficulty.")
@@ -50,7 +56,7 @@ _SHEET_SIZE = flags.DEFINE_integer("sheet_size", 170, "Prompts of the sheet.", l
 _VERDICTS = flags.DEFINE_list("verdicts", [], "Files that annotators have saved; they are kept in the workdir.")
 
 
-def options_of_flags() -> evaluation.Options:
+def options_of_flags(system: System) -> Options:
     """The flags as options.
 
     Raises:
@@ -61,23 +67,23 @@ def options_of_flags() -> evaluation.Options:
     except ValueError:
         raise ValueError(f"--temperatures={','.join(_TEMPERATURES.value)}: numbers with commas between them") from None
     names = tuple(_TABLES.value)
-    return evaluation.Options(
-        tables=evaluation.TABLES if names == ("all",) else names,
-        judges=tuple(_JUDGES.value),
+    return Options(
+        tables=tuple(system.tables) if names == ("all",) else names,
+        judges=tuple(_JUDGES.value) or system.usual_judges,
         num_iterations=_ITERATIONS.value,
         temperatures=temperatures,
         num_shuffles=_SHUFFLES.value,
     )
 
 
-def judges_of_flags(context: pit.Context) -> evaluation.MoreJudges:
+def judges_of_flags(system: System, context: Context) -> MoreJudges:
     """Judges that are not the run's own.
 
     Raises:
       ValueError: where they cannot be asked, before anything is generated.
     """
-    if _SHEET.value and _SHEET.value not in evaluation.COMPARISONS:
-        raise ValueError(f"--sheet={_SHEET.value} is not a comparison: use {', '.join(evaluation.COMPARISONS)}")
+    if _SHEET.value and _SHEET.value not in system.comparisons:
+        raise ValueError(f"--sheet={_SHEET.value} is not a comparison: use {', '.join(system.comparisons)}")
     makers = []
     if _REWARD_MODEL.value:
         make_hf = judges.hf_judge(_REWARD_MODEL.value, _REWARD_MODEL_LENGTH.value)
@@ -95,8 +101,8 @@ def judges_of_flags(context: pit.Context) -> evaluation.MoreJudges:
             cache=str(context.workdir.root / "evaluation" / "calls"),
             api_key_env=_LLM_KEY_ENV.value,
         )
-        comparisons = tuple(_LLM_COMPARISONS.value)
-        known = [*evaluation.COMPARISONS, "chosen_vs_rejected"]
+        comparisons = tuple(_LLM_COMPARISONS.value) or (*system.main_comparisons, "chosen_vs_rejected")
+        known = [*system.comparisons, "chosen_vs_rejected"]
         for name in comparisons:
             if name not in known:
                 raise ValueError(f"--llm_comparisons names {name!r}: use {', '.join(known)}")
@@ -105,19 +111,16 @@ def judges_of_flags(context: pit.Context) -> evaluation.MoreJudges:
                 config, template, m.root / "verdicts" / m.split, m.rows, _LLM_PROMPTS.value, comparisons
             )
         )
-    people = judges.human_judge(evaluation.human_folder(context.workdir.root))
+    people = judges.human_judge(run.human_folder(context.workdir.root))
     return lambda maker: [make(maker) for make in makers] + ([people] if people else [])
 
 
 def score_benchmark() -> None:
     """Prints the scores of a file."""
-    try:
+    with cli.one_line_errors():
         if not _BENCHMARK.value or not _INPUT.value:
             raise ValueError("name --workdir=FOLDER, or --benchmark=NAME and --input=FILE")
         print(json.dumps(benchmark_files.score(_BENCHMARK.value, _INPUT.value, _DIFFICULTY.value), indent=2))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def main(argv: list[str]) -> None:
@@ -127,37 +130,30 @@ def main(argv: list[str]) -> None:
     if _BENCHMARK.value or not _WORKDIR.value:
         return score_benchmark()
     workdir = Path(_WORKDIR.value)
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(workdir.absolute() / "compilation_cache")
-    jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    try:
-        options = options_of_flags()
+    cli.keep_programs(workdir)
+    with cli.one_line_errors("the same command goes on with what is in evaluation/"):
         command = f"python -m pit_jax.train --config=... --workdir={workdir}"
-        context = pit.open_finished(workdir, ["rl_policy", "final", "evaluator"], command)
+        context = common.open_workdir(workdir, command)
+        system = SYSTEMS[type(context.config)]
+        options = options_of_flags(system)
+        options.check(system)
+        common.require(context, system.needs(context.config))
         with jax.set_mesh(sharding.make_mesh(context.config.mesh.data, context.config.mesh.model)):
-            pit.load_data(context, ("selection", "test"))
-            evaluation.add_verdicts(workdir, _VERDICTS.value)
-            run = evaluation.Evaluation(context, options, judges_of_flags(context))
-            evaluation.write(run, " ".join(["python -m pit_jax.evaluate", *sys.argv[1:]]))
+            common.load_data(context, ("selection", "test"))
+            run.add_verdicts(workdir, _VERDICTS.value)
+            evaluation = run.Evaluation(system, context, options, judges_of_flags(system, context))
+            run.write(evaluation, " ".join(["python -m pit_jax.evaluate", *sys.argv[1:]]))
             if _SHEET.value:
-                print(f"A sheet for annotators: {evaluation.write_sheet(run, _SHEET.value, _SHEET_SIZE.value)}")
-    except (DataError, ValueError, ImportError, OSError) as error:
-        if flags.FLAGS["v"].value > 0:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on with what is in evaluation/", file=sys.stderr)
-        sys.exit(130)
+                print(f"A sheet for annotators: {run.write_sheet(evaluation, _SHEET.value, _SHEET_SIZE.value)}")
     print((workdir / "tables.txt").read_text(encoding="utf-8"))
     print(f"Everything is in {workdir}: report/index.html, results.json, tables/, evaluation/, samples/test.jsonl.")
 
 
-def run() -> None:
+def start() -> None:
     """Entry point."""
     logging.set_verbosity(logging.WARNING)
     app.run(main)
 
 
 if __name__ == "__main__":
-    run()
+    start()

@@ -8,17 +8,16 @@ M_P writes one first. --output gets one line for each, in the same order: every 
 R_PIT, which of them is the result, and why the row stopped.
 """
 
-import os
 import sys
 from pathlib import Path
 
 import jax
 from absl import app, flags, logging
 
-from pit_jax import sharding
-from pit_jax.data.sources import DataError
+from pit_jax import cli, sharding
 from pit_jax.evaluation import pit as evaluation
-from pit_jax.pipelines import improve, improve_file, pit
+from pit_jax.pipelines import common, improve, improve_file, pit
+from pit_jax.pipelines.common import Context
 from pit_jax.pipelines.improve import StopRules
 
 STOPS = ("identical", "gap")
@@ -41,7 +40,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of all samples.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Rows under way at a time.", lower_bound=1)
 
 
-def settings_of_flags(context: pit.Context) -> improve_file.Settings:
+def settings_of_flags(context: Context) -> improve_file.Settings:
     """The flags as settings; the threshold of the gain is calibrated where it is asked for and not given.
 
     Raises:
@@ -67,7 +66,7 @@ def settings_of_flags(context: pit.Context) -> improve_file.Settings:
     return improve_file.Settings(_METHOD.value, rules, _TEMPERATURE.value, _SEED.value)
 
 
-def calibrated(context: pit.Context) -> float:
+def calibrated(context: Context) -> float:
     """The threshold of the gain from the selection rows; their answers are made once and kept in the workdir."""
     if _METHOD.value == "rerank":
         raise ValueError("--stop=gap with --method=rerank needs --min_gain: its answers never become worse by R_P")
@@ -76,9 +75,9 @@ def calibrated(context: pit.Context) -> float:
     if lacking:
         raise ValueError(f"--stop=gap without --min_gain needs the stages {', '.join(lacking)}: finish the training")
     print("calibrating --min_gain on the selection rows", file=sys.stderr)
-    pit.load_data(context, ("selection", "test"))
+    common.load_data(context, ("selection", "test"))
     options = evaluation.Options(num_iterations=_ITERATIONS.value)
-    run = evaluation.Evaluation(context, options)
+    run = evaluation.Evaluation(evaluation.SYSTEM, context, options)
     threshold = evaluation.calibrated_threshold(run, _METHOD.value, _TEMPERATURE.value)
     print(f"--min_gain={threshold:.4f}", file=sys.stderr)
     return threshold
@@ -89,10 +88,9 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
     workdir = Path(_WORKDIR.value)
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(workdir.absolute() / "compilation_cache")
-    jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    try:
+    cli.keep_programs(workdir)
+    goes_on = "" if _INTERACTIVE.value else f"the same command goes on from {_OUTPUT.value}.partial"
+    with cli.one_line_errors(goes_on):
         if _INTERACTIVE.value == bool(_INPUT.value or _OUTPUT.value) or bool(_INPUT.value) != bool(_OUTPUT.value):
             raise ValueError("name --input=FILE and --output=FILE, or --interactive")
         context = pit.open_finished(workdir, improve.METHODS[_METHOD.value])
@@ -104,15 +102,6 @@ def main(argv: list[str]) -> None:
             else:
                 lines = improve_file.run(improver, Path(_INPUT.value), Path(_OUTPUT.value))
                 print(improve_file.summary(lines))
-    except (DataError, ValueError, OSError) as error:
-        if flags.FLAGS["v"].value > 0:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        goes_on = "" if _INTERACTIVE.value else f"; the same command goes on from {_OUTPUT.value}.partial"
-        print(f"\nstopped{goes_on}", file=sys.stderr)
-        sys.exit(130)
 
 
 def run() -> None:

@@ -61,7 +61,14 @@ def restrict(logits: Array, *, temperature: float, top_k: int, top_p: float) -> 
 
 
 def generate(
-    params: Params, prompts: PromptBatch, key: Array, *, model: Transformer, config: SamplingConfig, eos_id: int
+    params: Params,
+    prompts: PromptBatch,
+    key: Array,
+    *,
+    model: Transformer,
+    config: SamplingConfig,
+    eos_id: int,
+    stop: tuple[int, ...] = (),
 ) -> Rollout:
     """Samples one response per prompt.
 
@@ -74,6 +81,7 @@ def generate(
       model: the decoder.
       config: sampling settings; temperature 0 is greedy, and log_probs are then those of temperature 1.
       eos_id: ends a response; it is part of the response and of its mask.
+      stop: ids that end a response as well where it ends with all of them; they are part of it too.
 
     Returns:
       A Rollout with R = config.max_new_tokens; the loop ends early when all rows have ended.
@@ -124,8 +132,13 @@ def generate(
         log_probs = jnp.where(here, log_prob[:, None], log_probs)
         mask = mask | here
         alive = (~done).astype(jnp.int32)[:, None]
+        ended = token == eos_id
+        if stop:
+            n = len(stop)
+            last = jax.lax.dynamic_slice_in_dim(tokens, step - (n - 1), n, axis=1)  # clamped before step n - 1
+            ended |= (step >= n - 1) & jnp.all(last == jnp.asarray(stop, jnp.int32), axis=1)
         hidden, cache = model.apply(params, token[:, None], alive, (prompts.lengths + step)[:, None], cache)
-        return step + 1, cache, logits_of(hidden[:, 0]), tokens, log_probs, mask, done | (token == eos_id)
+        return step + 1, cache, logits_of(hidden[:, 0]), tokens, log_probs, mask, done | ended
 
     _, _, _, tokens, log_probs, mask, _ = jax.lax.while_loop(unfinished, body, initial)
     return append_response(prompts, tokens, mask, log_probs)

@@ -4,20 +4,16 @@ A second start with the same --workdir goes on where the first stopped, or shows
 one stage, `--config.ppo.kl_coef=0.02` changes a number, `--config=configs/pit_synthetic.py:smoke` takes a variant.
 """
 
-import os
 import sys
 import traceback
 from pathlib import Path
 
-import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from pit_jax import config as config_lib
-from pit_jax.data.sources import DataError
-from pit_jax.evaluation import pit as pit_evaluation
-from pit_jax.learners.loop import NonFiniteError
-from pit_jax.pipelines import pit
+from pit_jax import cli, config as config_lib
+from pit_jax.evaluation import pit as pit_evaluation, srt as srt_evaluation
+from pit_jax.pipelines import common, pit, srt
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :VARIANT where it has some.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that the run leaves behind.")
@@ -25,34 +21,33 @@ _STAGE = flags.DEFINE_string("stage", None, "Run this stage only; the ones befor
 _REDO = flags.DEFINE_string("redo", None, "Run this stage and all after it again; fields of these may then be changed.")
 
 
+SYSTEMS = {
+    config_lib.PitConfig: (pit.SYSTEM, pit_evaluation.evaluate),
+    config_lib.SrtConfig: (srt.SYSTEM, srt_evaluation.evaluate),
+}
+"""Config -> its stages, and the last of them."""
+
+
 def main(argv: list[str]) -> None:
     """Runs the config; a user's mistake ends in one line on stderr and status 2."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}; fields are set as --config.FIELD=VALUE")
     workdir = Path(_WORKDIR.value)
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(workdir.absolute() / "compilation_cache")
-    jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    try:
-        config = config_lib.from_config_dict(config_lib.PitConfig, _CONFIG.value)
+    cli.keep_programs(workdir)
+    again = ", without --redo," if _REDO.value else ""  # which would delete what was just trained
+    with cli.one_line_errors(f"the same command{again} goes on from the last checkpoint in {workdir}"):
+        config = config_lib.from_config_dict(config_lib.class_of(_CONFIG.value), _CONFIG.value)
+        system, evaluate = SYSTEMS[type(config)]
         tables = workdir / "tables.txt"
         written = tables.stat().st_mtime_ns if tables.exists() else 0
         typed = (a for a in sys.argv[1:] if not a.startswith(("--stage", "--redo")))
         command = " ".join(["python -m pit_jax.train", *typed])
-        pit.run(config, workdir, pit_evaluation.evaluate, _STAGE.value, command, _REDO.value)
-    except (DataError, NonFiniteError, ValueError) as error:
-        if flags.FLAGS["v"].value > 0:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        again = ", without --redo," if _REDO.value else ""  # which would delete what was just trained
-        print(f"stopped; the same command{again} goes on from the last checkpoint in {workdir}", file=sys.stderr)
-        sys.exit(130)
+        common.run(system, config, workdir, evaluate, _STAGE.value, command, _REDO.value)
     if tables.exists() and _STAGE.value in (None, "evaluate"):
         finished = tables.stat().st_mtime_ns == written
         print(("All stages were done before.\n" if finished else "") + "\n" + tables.read_text(encoding="utf-8"))
-        print(f"Everything is in {workdir}: results.json, metrics.jsonl, samples/, models/.")
+        print(f"Everything is in {workdir}: report/index.html, results.json, metrics.jsonl, samples/, models/.")
+        print(f"Every table and figure of the paper: python -m pit_jax.evaluate --workdir={workdir} --tables=all")
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -13,7 +13,7 @@ import test_hf_reward
 from commands import run
 
 from pit_jax import sharding
-from pit_jax.data import verifier
+from pit_jax.data import builders, tokenizer as tokenizer_lib, verifier
 from pit_jax.evaluation import hf_reward
 from pit_jax.pipelines import improve, improve_file, pit
 from pit_jax.pipelines.improve import StopRules
@@ -192,12 +192,44 @@ def test_what_improve_refuses(finished, cache, flags, message):
 
 @pytest.fixture(scope="module")
 def evaluated(finished, cache, tmp_path_factory):
-    """A copy of the run with all tables."""
+    """A copy of the run with all tables, of planted answers: those of a model of a few steps meet nothing at all."""
     workdir = tmp_path_factory.mktemp("evaluated") / "smoke"
     shutil.copytree(finished[0], workdir)
+    first = evaluate(workdir, cache)
+    assert first.returncode == 0, first.stderr[-3000:]
+    plant(workdir)
     result = evaluate(workdir, cache)
     assert result.returncode == 0, result.stderr[-3000:]
     return workdir, json.loads((workdir / "results.json").read_text()), result.stdout
+
+
+def plant(workdir):
+    """Replaces stored answers by y_w, y_l or a copy of the answer before; what was made of them is made again."""
+    tokenizer = tokenizer_lib.load(workdir / "data" / "tokenizer.model")
+    root = workdir / "evaluation" / "answers"
+    planted = {}
+
+    def texts(path):
+        if path in planted:
+            return planted[path]
+        header, *lines = read(path)
+        split = "test" if path.parent.name in ("test", "own") else "selection"
+        rows = builders.read(workdir / "data", split)[: 8 if path.parent.name == "par" else 16]
+        rows = [row for row in rows for _ in range(len(lines) // len(rows))]
+        of = header["spec"].get("of")
+        before = texts(path.with_name(f"{of}.jsonl")) if of else [row.rejected for row in rows]
+        rng = np.random.default_rng(sum(path.stem.encode()))
+        pick = lambda row, y: (row.chosen, row.rejected, y)[rng.choice(3, p=(0.45, 0.3, 0.25))]  # noqa: E731
+        planted[path] = [pick(row, y) for row, y in zip(rows, before, strict=True)]
+        return planted[path]
+
+    for path in sorted(root.rglob("*.jsonl")):
+        header, *lines = read(path)
+        if header["spec"]["method"] not in ("chosen", "rejected"):
+            lines = [line | {"text": y, "ids": tokenizer.encode(y)} for line, y in zip(lines, texts(path), strict=True)]
+            write(path, header, *lines)
+    for made in ("scores", "verdicts", "gaps", "agreement"):
+        shutil.rmtree(root.parent / made)
 
 
 def evaluate(workdir, cache, *flags):
@@ -247,14 +279,8 @@ def test_comparisons_and_answers_follow_from_the_files(evaluated):
         first, second = (names.get(name, name) for name in comparison.split("_vs_"))
         expected = deltas(share_met(workdir, first), share_met(workdir, second))
         assert (by_judge["verifier"]["win"], by_judge["verifier"]["lose"]) == pytest.approx(expected), comparison
-        path = workdir / "evaluation" / "verdicts" / "test" / "r_pit"
-        sign, path = 1, path / f"{first}_vs_{second}.json"
-        if not path.exists():
-            sign, path = -1, path.with_name(f"{second}_vs_{first}.json")
-        values = json.loads(path.read_text())["values"]
-        half = sign * (np.asarray(values["gap"]) - np.asarray(values["swapped_gap"])) / 2
-        share = 1 / (1 + np.exp(-half))  # a tie from 0.45 to 0.55
-        expected = np.mean(share > 0.55), np.mean(share < 0.45)
+        outcomes = outcomes_by_r_pit(workdir, first, second)
+        expected = np.mean(outcomes > 0), np.mean(outcomes < 0)
         assert (by_judge["r_pit"]["win"], by_judge["r_pit"]["lose"]) == pytest.approx(expected), comparison
     original = share_met(workdir, "original")
     for name, row in results["answers"].items():
@@ -265,26 +291,52 @@ def test_comparisons_and_answers_follow_from_the_files(evaluated):
         failed = original < 1
         assert row["fixed"] == (pytest.approx(np.mean(met[failed] == 1)) if failed.any() else None)
         if "of" in header["spec"]:
-            before = [line["ids"] for line in made(workdir, header["spec"]["of"])[1]]
+            before = [line["text"] for line in made(workdir, header["spec"]["of"])[1]]
             before = before[1:] + before[:1] if header["spec"]["shuffled"] else before
-            copied = np.mean([line["ids"] == y for line, y in zip(lines, before, strict=True)])
+            copied = np.mean([line["text"] == y for line, y in zip(lines, before, strict=True)])
             assert row["copy_rate"] == pytest.approx(copied)
         else:
             assert row["copy_rate"] is None
+    parsed = [line.get("parsed", True) for line in made(workdir, "self_refine")[1]]
+    assert results["self_refine"]["parse_rate"] == pytest.approx(np.mean(parsed))
 
 
-def test_ratings_follow_from_the_files(evaluated):
-    """Elo of the verifier by a plain loop, one shuffled order after the other."""
+def test_costs_follow_from_the_files(evaluated):
+    workdir, results, _ = evaluated
+    for name, cost in results["costs"].items():
+        header, lines = made(workdir, name)
+        assert (cost["answers"], cost["seconds"]) == (len(lines), header["seconds"])
+        for field in ("read", "written", "scored"):
+            assert cost[field] == sum(line.get(field, 0) for line in lines), (name, field)
+    assert set(results["costs"]) >= {"original", "pit", "pit_t0.5", "rerank_iteration_3", "self_refine_iteration_3"}
+    assert not {"chosen", "rejected"} & set(results["costs"]), "nobody wrote them"
+
+
+def outcomes_by_r_pit(workdir, first, second):
+    """1, 0, -1 per prompt, from the gaps in both orders; a tie where sigma of half the difference is 0.45 to 0.55."""
+    path = workdir / "evaluation" / "verdicts" / "test" / "r_pit"
+    sign, path = 1, path / f"{first}_vs_{second}.json"
+    if not path.exists():
+        sign, path = -1, path.with_name(f"{second}_vs_{first}.json")
+    values = json.loads(path.read_text())["values"]
+    half = sign * (np.asarray(values["gap"]) - np.asarray(values["swapped_gap"])) / 2
+    share = 1 / (1 + np.exp(-half))
+    return np.where(share > 0.55, 1, np.where(share < 0.45, -1, 0))
+
+
+@pytest.mark.parametrize("judge", ["verifier", "r_pit"])
+def test_ratings_follow_from_the_files(evaluated, judge):
+    """Elo by a plain loop, one order after the other; Bradley-Terry by what holds at the most likely ratings."""
     workdir, results, _ = evaluated
     names = ["original"] + [f"{m}{i}" for m in ("pit", "self_refine") for i in ("", "_iteration_2", "_iteration_3")]
     scores = [share_met(workdir, name) for name in names]
-    comparisons = [
-        (i, j, int(np.sign(a - b)))
-        for i in range(len(names))
-        for j in range(i)
-        for a, b in zip(scores[i], scores[j], strict=True)
-    ]
-    found = results["ratings"]["verifier"]
+    comparisons = []
+    for i in range(len(names)):
+        for j in range(i):
+            by_scores = np.sign(scores[i] - scores[j]).astype(int)
+            outcomes = by_scores if judge == "verifier" else outcomes_by_r_pit(workdir, names[i], names[j])
+            comparisons += [(i, j, outcome) for outcome in outcomes]
+    found = results["ratings"][judge]
     assert found["num_comparisons"] == len(comparisons) == 21 * len(scores[0])
     rng, ratings = np.random.default_rng(results["seed"]), []
     for _ in range(found["num_shuffles"]):
@@ -297,7 +349,17 @@ def test_ratings_follow_from_the_files(evaluated):
         ratings.append(rating)
     assert [row["name"] for row in found["elo"]] == names
     np.testing.assert_allclose([row["rating"] for row in found["elo"]], np.mean(ratings, axis=0), atol=1e-6)
-    assert sum(row["rating"] for row in found["bradley_terry"]) == pytest.approx(1000 * len(names))
+    # Every player has as many wins as they expect; a tie is half of one, and every two players have tied once more.
+    strength = [row["rating"] for row in found["bradley_terry"]]
+    assert np.mean(strength) == pytest.approx(1000)
+    won, expected = np.zeros(len(names)), np.zeros(len(names))
+    ties = [(i, j, 0) for i in range(len(names)) for j in range(i)]
+    for i, j, outcome in comparisons + ties:
+        share = 1 / (1 + 10 ** ((strength[j] - strength[i]) / 400))
+        won[i], won[j] = won[i] + (outcome + 1) / 2, won[j] + (1 - outcome) / 2
+        expected[i], expected[j] = expected[i] + share, expected[j] + 1 - share
+    np.testing.assert_allclose(expected, won, atol=1e-3)
+    assert judge == "r_pit" or np.ptp(won) > 1, "there is something to tell apart"  # R_PIT of a few steps ties all
 
 
 def test_iterations_and_stop_rules_follow_from_the_files(evaluated):
@@ -343,6 +405,55 @@ def test_iterations_and_stop_rules_follow_from_the_files(evaluated):
         )
         best = [int(np.argmax(np.cumsum([0.0, *row]))) for row in gains]
         assert rules["keep best"]["score"] == pytest.approx(np.mean([s[k] for s, k in zip(scores, best, strict=True)]))
+
+        # Tokens: those of all answers that were written; R_PIT's where it is asked.
+        written = np.asarray([[y["read"] + y["written"] for y in lines] for lines in chain]).T  # [prompt, y_0 .. y_3]
+        read = np.stack([
+            json.loads((workdir / "evaluation" / "gaps" / "test" / f"{name}.json").read_text())["values"]["scored"]
+            for name in names[1:]
+        ], 1)  # fmt: skip
+        assert rules["K = 2"]["tokens"] == pytest.approx(written[:, :3].sum(1).mean())
+        assert rules["keep best"]["tokens"] == pytest.approx((written.sum(1) + read.sum(1)).mean())
+        ended = [next((k for k in range(1, 4) if row[k - 1] <= 0), 3) for row in gains]
+        taken = [row[: k + 1].sum() + r[:k].sum() for row, r, k in zip(written, read, ended, strict=True)]
+        assert rules["gap above 0"]["tokens"] == pytest.approx(np.mean(taken))
+        assert rules["gap above 0"]["iterations"] == pytest.approx(np.mean(ended))
+
+        # A budget of what y_0, y_1 and y_2 take in the mean: a row ends with the answer that reaches it.
+        budget = round(written[:, :3].sum(1).mean())
+        ended = [next((k for k in range(1, 4) if row[: k + 1].sum() >= budget), 3) for row in written]
+        rule = rules[f"{budget} tokens"]
+        assert rule["iterations"] == pytest.approx(np.mean(ended))
+        assert rule["score"] == pytest.approx(np.mean([s[k] for s, k in zip(scores, ended, strict=True)]))
+
+        # The threshold is that of the selection prompts; what it does is counted on the test prompts.
+        rule = rules["gap, calibrated"]
+        selected = np.stack([
+            json.loads((workdir / "evaluation" / "gaps" / "selection" / f"{name}.json").read_text())["values"]["gain"]
+            for name in names[1:]
+        ], 1)  # fmt: skip
+        met = np.stack([
+            json.loads((workdir / "evaluation" / "scores" / "selection" / "verifier" / f"{name}.json").read_text())[
+                "values"
+            ]["scores"]
+            for name in names
+        ], 1)  # fmt: skip
+        assert rule["threshold"] == pytest.approx(threshold_by_hand(selected, met))
+        kept = [next((k for k in range(3) if row[k] <= rule["threshold"]), 3) for row in gains]
+        assert rule["score"] == pytest.approx(np.mean([s[k] for s, k in zip(scores, kept, strict=True)]))
+        assert rule["regret"] == pytest.approx(np.mean([s.max() - s[k] for s, k in zip(scores, kept, strict=True)]))
+
+
+def threshold_by_hand(gains, scores):
+    """The highest threshold whose loss against the best one is within its standard error."""
+    stop = lambda row, t: next((k for k, gain in enumerate(row) if gain <= t), len(row))  # noqa: E731
+    reached = {
+        t: np.asarray([s[stop(row, t)] for row, s in zip(gains, scores, strict=True)])
+        for t in [gains.min() - 1, *gains.ravel()]
+    }
+    best = reached[max(sorted(reached), key=lambda t: reached[t].mean())]
+    error = lambda lost: lost.std(ddof=1) / len(lost) ** 0.5  # noqa: E731
+    return max(t for t, x in reached.items() if (best - x).mean() <= error(best - x))
 
 
 def test_the_sweep_and_the_reward_models_follow_from_the_files(evaluated):

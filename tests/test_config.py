@@ -17,8 +17,10 @@ VARIANTS = {"pit_7b": [None], "pit_hh_rlhf": ["small", "smoke"], "pit_synthetic"
 @pytest.mark.parametrize(("path", "variant"), [(path, v) for path in FILES for v in VARIANTS.get(path.stem, ["smoke"])])
 def test_every_config_instantiates(path, variant):
     get_config = runpy.run_path(str(path))["get_config"]
-    config = c.from_config_dict(c.PitConfig, get_config() if variant is None else get_config(variant))
-    assert isinstance(config, c.PitConfig) and isinstance(config.ppo.policy_optimizer, c.OptimizerConfig)
+    found = get_config() if variant is None else get_config(variant)
+    config = c.from_config_dict(c.class_of(found), found)
+    learner = config.dpo.optimizer if path.stem.startswith("srt") else config.ppo.policy_optimizer
+    assert isinstance(learner, c.OptimizerConfig)
     assert config.name == path.stem + (f":{variant}" if variant else "")
     if inspect.signature(get_config).parameters:
         with pytest.raises(ValueError, match=f"configs/{path.name} has no variant 'smok'"):

@@ -77,10 +77,9 @@ RESULTS = {
         "density": {"chosen_rejected": [0.0, 0.2, 0.4], "rejected_chosen": [0.4, 0.05, 0.05]},
     },
     "rl_rewards": {
-        "similar": [-2.5, -1.5], "worse_note": "Worse than a sample of M_P.", "n": 136,
+        "similar": [-2.5, -1.5], "n": 136,
         "stages": {
-            "rl_pit_2": {"steps": [0, 10, 20], "reward": [-3.0, -1.0, 0.5], "low": [-3.2, -1.2, 0.3],
-                         "high": [-2.8, -0.8, 0.7], "chosen_step": 20},
+            "rl_pit_2": {"steps": [0, 10, 20], "reward": [-3.0, -1.0, 0.5], "chosen_step": 20},
             "arm_second_rl_only": {"steps": [0, 10], "reward": [-4.0, -2.0], "chosen_step": 10,
                                    "training_steps": [1, 2], "training_reward": [-4.1, -3.9]},
         },

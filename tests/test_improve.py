@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from pit_jax.pipelines import improve
+from pit_jax.pipelines import improve, samples
 from pit_jax.pipelines.improve import Row, Step, StopRules
 
 KEY = jax.random.key(0)
@@ -182,7 +182,7 @@ def test_a_difference_within_the_error_stops_earlier():
 
 def test_noise_of_rows():
     """A key per draw: equal draws have equal keys, whatever stands beside them."""
-    keys = improve._row_keys(KEY, np.asarray([(1, 2), (2, 1), (1, 2)], np.uint32))
+    keys = samples.row_keys(KEY, np.asarray([(1, 2), (2, 1), (1, 2)], np.uint32))
     data = jax.random.key_data(keys)
     assert (data[0] == data[2]).all() and (data[0] != data[1]).any()
     expected = jax.random.fold_in(jax.random.fold_in(KEY, 2), 1)

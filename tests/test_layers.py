@@ -19,6 +19,7 @@ LAYERS = (
     {"learners"},
     {"pipelines"},
     {"evaluation"},
+    {"cli"},
     COMMAND_LINE,
 )
 """Names directly under the package, from left to right: an import points to its own layer or to the left."""

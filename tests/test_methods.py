@@ -8,7 +8,7 @@ import pytest
 from test_pit import WordTokenizer, gap_context, scored, words  # noqa: F401
 
 from pit_jax.config import DataConfig, PitConfig
-from pit_jax.pipelines import improve, pit
+from pit_jax.pipelines import common, improve, pit
 from pit_jax.pipelines.improve import Step
 
 KEY = jax.random.key(7)
@@ -33,8 +33,8 @@ def sampled(monkeypatch):
             return [Step(tuple(ids), len(x), len(ids) + 1) for x, ids in zip(prompts, replies, strict=True)]
 
     monkeypatch.setattr(improve, "Sampler", FakeSampler)
-    monkeypatch.setattr(pit, "load_model", lambda context, stage: stage)
-    monkeypatch.setattr(pit, "model_of", lambda context, stage: stage)
+    monkeypatch.setattr(common, "load_model", lambda context, stage: stage)
+    monkeypatch.setattr(common, "model_of", lambda context, stage: stage)
     return types.SimpleNamespace(
         calls=calls, script=lambda script: setattr(FakeSampler, "script", staticmethod(script))
     )
@@ -82,7 +82,7 @@ def test_self_refine_in_one_call(words, sampled):  # noqa: F811
 
 def test_rerank_keeps_the_better_answer(words, sampled, monkeypatch):  # noqa: F811
     """R_P likes low ids: 21 before 22 before 23; of equal scores the answer that was there stays."""
-    monkeypatch.setattr(pit, "score_groups", lambda model, params, groups, batch_size: -np.asarray(
+    monkeypatch.setattr(common, "score_groups", lambda model, params, groups, batch_size: -np.asarray(
         [[row[4] for row in group] for group in groups], np.float64
     ))  # fmt: skip
     sampled.script(lambda stage, window, prompt: [L, L])
@@ -106,17 +106,17 @@ def test_thoughts_are_not_part_of_the_answer(words, sampled):  # noqa: F811
     sampled.script(script)
     context = context_of(words)
     (plain,) = improve.pit_method(context, "sft_pit", 1.0, 1)(["x"], [(L,)], KEY, draws(1))
-    (thought,) = improve.pit_method(context, pit.COT_ARM, 1.0, 1)(["x"], [(L,)], KEY, draws(1))
+    (thought,) = improve.pit_method(context, common.COT_ARM, 1.0, 1)(["x"], [(L,)], KEY, draws(1))
     assert plain.ids == (C, line, W, L) and thought.ids == (W, L) and windows == [4, 7]
     assert thought.written == plain.written == 5, "thoughts are written too"
 
 
 def test_gains_are_over_a_copy(words, scored):  # noqa: F811
     """r_gap(x, y, ref) = 10 y - ref: w over l has 210 - 22, and a copy of l 220 - 22."""
-    gains = improve.make_gains(gap_context(words, "gap"))
+    gains = pit.make_gains(gap_context(words, "gap"))
     found = gains(["x", "x"], [(W,), (L,)], [(L,), (L,)])
     assert [(gap, gain) for gap, gain, _ in found] == [(188.0, -10.0), (198.0, 0.0)]
     # The prompt with ref is 7 ids; behind it y and ref, each with EOS.
     assert [read for _, _, read in found] == [7 + 2 + 2] * 2
-    by_difference = improve.make_gains(gap_context(words, "r_p_difference"))
+    by_difference = pit.make_gains(gap_context(words, "r_p_difference"))
     assert by_difference(["x"], [(W,)], [(L,)]) == [(-10.0, -10.0, 4 + 2 + 2)]

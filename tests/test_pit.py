@@ -23,7 +23,8 @@ from pit_jax.evaluation import judges, store
 from pit_jax.learners import ppo
 from pit_jax.metrics import MetricsWriter
 from pit_jax.models.transformer import ScalarModel, Transformer
-from pit_jax.pipelines import improve, pit
+from pit_jax.pipelines import common, improve, pit
+from pit_jax.pipelines.common import Context
 from pit_jax.pipelines.improve import Step
 from pit_jax.pipelines.stages import Candidates, Workdir
 from pit_jax.types import GAP_PAIRINGS, PreferenceExample
@@ -45,7 +46,7 @@ def encoder(rows):
 
 def turns(encoder, rows, **settings):
     config = PitConfig(pretrain=PretrainConfig(**settings))
-    return pit.pretraining_rows(types.SimpleNamespace(config=config, encoder=encoder, rows={"pretrain": rows}))
+    return common.pretraining_rows(types.SimpleNamespace(config=config, encoder=encoder, rows={"pretrain": rows}))
 
 
 def test_pretraining_text_of_a_dialogue(rows, encoder):
@@ -123,7 +124,7 @@ def test_gap_groups_by_hand(words):
 
 
 def test_policy_groups_by_hand(words):
-    assert pit.policy_groups(words, [ROW]) == [(POLICY_ROWS["w"], POLICY_ROWS["l"])]
+    assert common.policy_groups(words, [ROW]) == [(POLICY_ROWS["w"], POLICY_ROWS["l"])]
 
 
 @pytest.fixture
@@ -137,9 +138,9 @@ def scored(monkeypatch):
         number = lambda ids: 10.0 * ids[-2] - (ids[5] if 4 in ids else 0.0)  # noqa: E731
         return np.array([[number(ids) for ids in group] for group in groups], np.float32)
 
-    monkeypatch.setattr(pit, "score_groups", score_groups)
-    monkeypatch.setattr(pit, "model_of", lambda context, stage: stage)
-    monkeypatch.setattr(pit, "load_model", lambda context, stage: stage)
+    monkeypatch.setattr(common, "score_groups", score_groups)
+    monkeypatch.setattr(common, "model_of", lambda context, stage: stage)
+    monkeypatch.setattr(common, "load_model", lambda context, stage: stage)
     return calls
 
 
@@ -207,7 +208,7 @@ def test_response_ids_are_what_stands_before_eos():
     """EOS is taken off where there is one, padding never was part of it, and id 0 of a response stays."""
     prompts = batches.prompt_rows([[1, 9], [1], [1, 9, 9]], 3)
     rollout = sampling.append_ids(prompts, [[7, 0, 8], [], [6, 6, 6, 6]], 4, 2)
-    assert pit.response_ids(rollout, 2) == [[7, 0, 8], [], [6, 6, 6, 6]]
+    assert common.response_ids(rollout, 2) == [[7, 0, 8], [], [6, 6, 6, 6]]
 
 
 # Thoughts
@@ -248,14 +249,14 @@ def make_context(root, encoder, rows=(), **fields):
     encoder = dataclasses.replace(encoder, prompt_window=48, response_window=32)
     workdir = Workdir(root / "w", config)
     splits = {"sft": list(rows), "rm": list(rows), "rl": list(rows), "selection": list(rows)}
-    return pit.Context(config, workdir, MetricsWriter(workdir.root), rows=splits, encoder=encoder)
+    return Context(config, workdir, MetricsWriter(workdir.root), rows=splits, encoder=encoder)
 
 
 def filled(context, stage, value):
     """Parameters of a stage that all are one number, by which they are known again."""
     spec = lambda x: x.sharding.spec if x.sharding else jax.P()  # noqa: E731
     full = lambda x: jax.device_put(np.full(x.shape, value, x.dtype), spec(x))  # noqa: E731
-    return jax.tree.map(full, pit.shapes(pit.model_of(context, stage)))
+    return jax.tree.map(full, common.shapes(common.model_of(context, stage)))
 
 
 def mark(params):
@@ -283,7 +284,7 @@ def test_model_of_every_stage(tmp_path, encoder):
     trained = set(pit.stage_names(context.config)) - {"data", "evaluate"}
     assert set(expected) == {name for name in trained if not name.startswith("pretrain")}
     for stage, (kind, width) in expected.items():
-        model = pit.model_of(context, stage)
+        model = common.model_of(context, stage)
         assert (type(model), model.config.d_model) == (kind, width), stage
         assert model.config.vocab_size == batches.round_up(encoder.tokenizer.vocab_size, 128)
 
@@ -293,10 +294,10 @@ def test_ppo_scores_the_row_that_r_pit_was_trained_on(tmp_path, rows, encoder):
     context = make_context(tmp_path, encoder)
     ids = lambda text: encoder.response(text)[:-1]  # noqa: E731
     answers = {"w": lambda r: r.chosen, "l": lambda r: r.rejected}
-    model = pit.model_of(context, "r_pit")
-    params = jax.tree.map(lambda x: 3 * x, pit.init_params(model, jax.random.key(1)))
+    model = common.model_of(context, "r_pit")
+    params = jax.tree.map(lambda x: 3 * x, common.init_params(model, jax.random.key(1)))
     groups = pit.gap_groups(encoder, rows[:4])
-    expected = pit.score_groups(model, params, groups, batch_size=4)
+    expected = common.score_groups(model, params, groups, batch_size=4)
     assert np.std(expected) > 0.1
     scores = jax.jit(functools.partial(ppo.rollout_scores, model))
     for i, (y1, y2) in enumerate(GAP_PAIRINGS):
@@ -325,14 +326,14 @@ def test_references_of_the_data_are_both_answers(tmp_path, rows, encoder):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Every call of pit.sample: (d_model, mark, prompts, key, rest); it answers with one id per call and row."""
+    """Every call of common.sample: (d_model, mark, prompts, key, rest); it answers with one id per call and row."""
     calls = []
 
     def sample(model, params, prompts, key, **rest):
         calls.append((model.config.d_model, mark(params), prompts, tuple(jax.random.key_data(key)), rest))
         return [[100 * len(calls) + i] for i in range(len(prompts))]
 
-    monkeypatch.setattr(pit, "sample", sample)
+    monkeypatch.setattr(common, "sample", sample)
     return calls
 
 
@@ -388,7 +389,7 @@ def test_references_are_a_function_of_the_key(tmp_path, rows, encoder):
     """Random models: one answer per row, the same from the same key and another from another."""
     context = make_context(tmp_path, encoder, rows)
     for stage, seed in (("rl_policy", 0), ("sft_pit", 1)):
-        params = pit.init_params(pit.model_of(context, stage), jax.random.key(seed))
+        params = common.init_params(common.model_of(context, stage), jax.random.key(seed))
         context.workdir.save_model(stage, params)
     for source in ("policy", "pit"):
         references = pit.References(context, source, "sft_pit")
@@ -427,10 +428,10 @@ def test_the_best_reward_model_is_kept(tmp_path, rows, encoder, monkeypatch, sta
         add = lambda state: state._replace(params=jax.tree.map(lambda x: x + 1, state.params))  # noqa: E731
         return lambda state, batch: (add(state), {"loss": (np.float32(1.0), np.float32(1.0))})
 
-    monkeypatch.setattr(pit, "score_groups", score_groups)
+    monkeypatch.setattr(common, "score_groups", score_groups)
     monkeypatch.setattr(pit.reward_model, "make_train_step", make_train_step)
     record = pit.stage_functions(context)[stage]()
     assert (record["chosen_step"], record["selection_accuracy"]) == (chosen, shares[chosen])
-    left = pit.load_model(context, stage)["params"]
+    left = common.load_model(context, stage)["params"]
     assert mark(left["backbone"]) == mark(left["bias"]) == chosen
     assert next(measured, None) is None, "it was measured before the first step and after each"

@@ -165,10 +165,7 @@ def test_gap_distributions_by_hand():
 
 def test_rl_by_hand():
     assert cells("rl_rewards", "rl pit 2")[0][1:] == ["3", "-3.000", "+0.500", "20", "+0.500"]
-    assert table("rl_rewards").notes == (
-        "Similar: from -2.500 to -1.500; above it Better, below it Worse.",
-        "Worse than a sample of M_P.",
-    )
+    assert table("rl_rewards").notes == ("Similar: from -2.500 to -1.500; above it Better, below it Worse.",)
     assert [row[1:] for row in cells("kl_reward", "rl pit 2")] == [
         ["best of its KL group", "0", "0.250", "-3.000", "90.00"],
         ["", "10", "0.500", "-1.000", "92.00"],
@@ -307,7 +304,7 @@ def render_with(word, num=2):
     results["answers"] = {"pit": {"tokens": 1.0}, word: {"tokens": 1.0, word: 0.5}}
     results["ratings"] = {word: RESULTS["ratings"]["verifier"]}
     results["stop_rules"] = [dict(row, method=word, rule=word) for row in RESULTS["stop_rules"]]
-    results["stop_rules_note"] = results["rl_rewards"]["worse_note"] = word
+    results["stop_rules_note"] = word
     results["iterations"] = {word: RESULTS["iterations"]["pit"]}
     results["missing"], results["commands"] = {word: word}, {word: word}
     results["costs"], results["judge_costs"], results["stages"] = ({word: row} for row in (

@@ -13,7 +13,8 @@ from pit_jax.config import DataConfig, ModelConfig, OptimizerConfig, PitConfig, 
 from pit_jax.data import encode
 from pit_jax.learners import ppo
 from pit_jax.metrics import MetricsWriter
-from pit_jax.pipelines import pit
+from pit_jax.pipelines import common, pit
+from pit_jax.pipelines.common import Context
 from pit_jax.pipelines.stages import Workdir
 from pit_jax.types import PreferenceExample
 
@@ -51,14 +52,14 @@ def make_context(root, loss="gap", rollout_size=8, **settings):
     workdir = Workdir(root / "w", config)
     encoder = encode.make_encoder(Characters(), config.data)
     rows = {"rl": ROWS, "selection": HELD}
-    return pit.Context(config, workdir, MetricsWriter(workdir.root), rows=rows, encoder=encoder)
+    return Context(config, workdir, MetricsWriter(workdir.root), rows=rows, encoder=encoder)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def shapes_once():
     """Shapes are traced once per module of the models: that is most of what these tests would do."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pit, "shapes", functools.cache(pit.shapes))
+        patch.setattr(common, "shapes", functools.cache(common.shapes))
         yield
 
 
@@ -69,7 +70,7 @@ def models(tmp_path_factory, shapes_once, one_device):
     spec = lambda x: x.sharding.spec if x.sharding else jax.P()  # noqa: E731
     for stage, value in MARKS.items():
         full = lambda x: jax.device_put(np.full(x.shape, value, x.dtype), spec(x))  # noqa: B023, E731
-        context.workdir.save_model(stage, jax.tree.map(full, pit.shapes(pit.model_of(context, stage))))
+        context.workdir.save_model(stage, jax.tree.map(full, common.shapes(common.model_of(context, stage))))
     return context.workdir.root / "models"
 
 
@@ -123,7 +124,7 @@ def collected(monkeypatch):
         return collect, update
 
     monkeypatch.setattr(pit.ppo, "make_ppo", make_ppo)
-    monkeypatch.setattr(pit, "sample", lambda model, params, prompts, key, **_: [[ord("y")] for _ in prompts])
+    monkeypatch.setattr(common, "sample", lambda model, params, prompts, key, **_: [[ord("y")] for _ in prompts])
     return calls
 
 
@@ -165,7 +166,7 @@ def test_the_chosen_checkpoint_is_left_behind(run, collected, stage, max_kl, cho
     collected.measured = MEASURED
     record, context = run(stage, num_iterations=4, num_kl_bins=2, max_kl=max_kl)
     start = MARKS["sft_policy" if stage == "rl_policy" else "rl_pit_1"]
-    assert mark(pit.load_model(context, stage)) == start + chosen
+    assert mark(common.load_model(context, stage)) == start + chosen
     assert record["chosen_step"] == chosen
     assert [winner["step"] for winner in record["kl_bins"]] == [2, 4]
     assert {int(step): (m["kl"], m["score"]) for step, m in record["candidates"].items()} == MEASURED
@@ -231,7 +232,7 @@ def test_the_kl_of_the_second_round_starts_where_the_first_ended(tmp_path, monke
         policy_optimizer=OptimizerConfig(learning_rate=0.05),
     )  # fmt: skip
     for stage, bias in (("sft_pit", None), ("r_p", 3.0), ("r_pit", 4.0)):
-        params = pit.init_params(pit.model_of(context, stage), jax.random.key(0))
+        params = common.init_params(common.model_of(context, stage), jax.random.key(0))
         if bias is not None:
             inner = params["params"]
             params = {"params": inner | {"head": inner["head"] * 0, "bias": inner["bias"] + bias}}

@@ -185,7 +185,7 @@ def test_who_stops_a_run_is_told_how_it_goes_on(tmp_path, flags, words):
     program = (
         "from pit_jax import train",
         "def stop(*_): raise KeyboardInterrupt",
-        "train.pit.run = stop; train.run()",
+        "train.common.run = stop; train.run()",
     )
     result = train(tmp_path / "w", *flags, program=("-c", "\n".join(program)))
     assert result.returncode == 130 and f"the same {words}" in result.stderr and "Traceback" not in result.stderr

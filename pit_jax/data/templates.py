@@ -17,6 +17,10 @@ FIELDS = {
     "refinement": {"prompt", "response", "feedback"},
     "one_call": {"prompt", "response"},
 }
+SRT_FIELDS = {
+    "srt": {"prompt", "response", "weaknesses", "suggestions", "score", "refinement"},
+    "critic": {"prompt", "response"},
+}
 END = "<<End>>"
 """In a template: EOS, where a turn of the dialogue has ended."""
 
@@ -35,14 +39,15 @@ def load(name: str, folder: str | Path = "") -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"template {path} cannot be read (config.data.templates): {error}") from error
     found = set(re.findall(r"\{([a-z_]+)\}", text))
-    if found != FIELDS[name]:
-        raise ValueError(f"template {path} has the fields {sorted(found)}, but needs {sorted(FIELDS[name])}")
+    needed = (FIELDS | SRT_FIELDS)[name]
+    if found != needed:
+        raise ValueError(f"template {path} has the fields {sorted(found)}, but needs {sorted(needed)}")
     return text
 
 
-def literals(folder: str | Path = "") -> str:
-    """The words of all templates, for training a tokenizer."""
-    return " ".join(_PARTS.sub(" ", load(name, folder)) for name in FIELDS)
+def literals(folder: str | Path = "", names: Sequence[str] = tuple(FIELDS)) -> str:
+    """The words of templates, for training a tokenizer."""
+    return " ".join(_PARTS.sub(" ", load(name, folder)) for name in names)
 
 
 Template = tuple[tuple[str, str | tuple[int, ...]], ...]

@@ -9,7 +9,8 @@ import numpy as np
 
 from pit_jax.evaluation import store
 from pit_jax.evaluation.store import AnswerSet, Spec
-from pit_jax.pipelines import improve, pit
+from pit_jax.pipelines import common, improve
+from pit_jax.pipelines.common import Context
 from pit_jax.pipelines.improve import Step
 from pit_jax.types import PreferenceExample
 
@@ -55,7 +56,7 @@ def at_temperature(name: str, temperature: float, default: float) -> str:
 class Maker:
     """Makes sets of answers to a split's rows, or reads those that are made."""
 
-    def __init__(self, context: pit.Context, split: str, rows: Sequence[PreferenceExample]):
+    def __init__(self, context: Context, split: str, rows: Sequence[PreferenceExample]):
         self.context, self.split, self.rows = context, split, rows
         self.root = context.workdir.root / "evaluation"
         self.prompts = store.digest([[row.prompt, row.chosen, row.rejected] for row in rows])
@@ -115,7 +116,7 @@ class Maker:
         current = self[plan.of].ids if plan.of else [()] * len(self.rows)
         if plan.shuffled:
             current = [*current[1:], *current[:1]]
-        key = pit.key_of(self.context.config, f"evaluate/{self.split}/{plan.name}")
+        key = common.key_of(self.context.config, f"evaluate/{self.split}/{plan.name}")
         draws = np.asarray([(i, self._iteration(plan)) for i in range(len(self.rows))], np.uint32)
         method = self._method(plan.method, plan.stage, self._temperature(plan))
         return method([row.prompt for row in self.rows], current, key, draws)

@@ -31,6 +31,15 @@ _NAMES = {
     "rl_pit_2": "first and second RL",
     "arm_second_rl_only": "second RL only",
     "rl_policy": "RL of M_P",
+    "srt_stage1": "SRT stage 1",
+    "srt_stage2": "SRT stage 2",
+    "base": "M_base",
+    "base_greedy": "M_base, greedy",
+    "refined_base": "M_base refined",
+    "answer1": "stage 1, before refinement",
+    "answer2": "stage 2, before refinement",
+    "srt_rerank": "best of N by self-score",
+    "rerank": "best of N by self-score",
 }
 _PAIRINGS = {
     "chosen_rejected": "(y_w, y_l)",
@@ -135,11 +144,10 @@ def captions(results: dict) -> dict[str, tuple[str, str]]:
         band = "" if low is None else f" Similar is from {low:.2f} to {high:.2f}; Better lies above it, Worse below."
         curves = rewards["stages"].values()
         of = f" {rewards['n']:,} selection prompts." if rewards.get("n") else ""
-        spread = " Its shading is the interval." if any(c.get("low") for c in curves) else ""
         thin = " Thin lines: answers to training prompts." if any(c.get("training_reward") for c in curves) else ""
         found["fig4_rl_rewards"] = (
             "Reward during RL (Figure 4)",
-            f"Mean r_gap of R_PIT; thick lines with points: each checkpoint on selection prompts.{of}{spread}{thin}"
+            f"Mean r_gap of R_PIT; thick lines with points: each checkpoint on selection prompts.{of}{thin}"
             f"{band} A ring marks the chosen checkpoint.",
         )
     if has("chain_of_thought"):
@@ -162,6 +170,18 @@ def captions(results: dict) -> dict[str, tuple[str, str]]:
             f"Left by iteration, right by tokens read and written per prompt. {delta} The second is the original "
             f"answer. {bars} {n}.",
         )
+    if has("self_scores"):
+        of = results["self_scores"]
+        n = max(sum(x) for row in of.values() for x in row["histograms"].values())
+        found["srt_scores"] = (
+            "Scores that M_self gives (SRT Figure 3)",
+            f"Its own answers and their refinements, each scored by itself, from 1 to 10. {n:,} prompts.",
+        )
+        if any(row.get("quality") for row in of.values()):
+            found["srt_quality"] = (
+                "Refinements by their score (SRT Figure 6)",
+                "Share of requirements met by the refinements that get this score; larger points are more of them.",
+            )
     if any(_rated(of) for of in results.get("ratings", {}).values()):
         n = ", ".join(
             f"{judge}: {of['num_comparisons']:,} comparisons"
@@ -246,8 +266,6 @@ def _fig4_rl_rewards(results: dict):
             steps, values, color=color, linestyle=_STYLES[i % len(_STYLES)], marker=_MARKERS[i % len(_MARKERS)],
             markersize=3 if len(steps) <= 30 else 0, linewidth=1.8, label=proper(stage), zorder=3,
         )  # fmt: skip
-        if curve.get("low") and curve.get("high"):
-            axis.fill_between(steps, curve["low"], curve["high"], color=color, alpha=0.15, linewidth=0)
         if curve.get("chosen_step") in steps:
             at = steps.index(curve["chosen_step"])
             axis.plot(steps[at], values[at], "o", color=color, markersize=9, markerfacecolor="none", zorder=4)
@@ -380,7 +398,44 @@ def _elo(results: dict):
     return figure
 
 
+def _srt_scores(results: dict):
+    models = results["self_scores"]
+    figure, axes = _panels(len(models), 1, [1.6] * len(models))
+    for axis, (name, found) in zip(axes[:, 0], models.items(), strict=True):
+        for i, (side, counts) in enumerate(found["histograms"].items()):
+            x = np.arange(1, len(counts) + 1) + (i - 0.5) * 0.4
+            label = {"answer": "own answers", "refinement": "refinements"}.get(side, side)
+            axis.bar(x, counts, 0.38, color=SERIES[i % len(SERIES)], label=label)
+        axis.set_title(f"SRT {proper(name).replace('stage', 'stage ')}")
+        axis.set_ylabel("prompts")
+        axis.set_xticks(range(1, 11))
+    axes[-1, 0].set_xlabel("score")
+    _legend(figure, axes)
+    return figure
+
+
+def _srt_quality(results: dict):
+    figure, axes = _panels(1, 1, [2.0])
+    axis = axes[0, 0]
+    for i, (name, found) in enumerate(results["self_scores"].items()):
+        rows = found.get("quality") or []
+        total = sum(row["n"] for row in rows) or 1
+        x, y = [row["score"] for row in rows], [100 * row["share_met"] for row in rows]
+        label = f"SRT {proper(name).replace('stage', 'stage ')}"
+        color = SERIES[i % len(SERIES)]
+        axis.plot(x, y, color=color, linestyle=_STYLES[i % len(_STYLES)], linewidth=1.2, label=label)
+        sizes = [10 + 90 * row["n"] / total for row in rows]
+        axis.scatter(x, y, sizes, color=color, marker=_MARKERS[i % len(_MARKERS)], zorder=3)
+    axis.set_xticks(range(1, 11))
+    axis.set_xlabel("score of the refinement")
+    axis.set_ylabel("requirements met (%)")
+    _legend(figure, axes)
+    return figure
+
+
 _FIGURES = {
+    "srt_scores": _srt_scores,
+    "srt_quality": _srt_quality,
     "win_rates": _win_rates,
     "fig2_gap_distributions": _fig2_gap_distributions,
     "fig3_temperature": _fig3_temperature,

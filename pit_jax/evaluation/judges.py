@@ -19,7 +19,8 @@ from pit_jax.evaluation import hf_reward, human, llm_judge, store, win_rate
 from pit_jax.evaluation.store import AnswerSet, Spec
 from pit_jax.evaluation.win_rate import Verdicts
 from pit_jax.files import read_json
-from pit_jax.pipelines import pit
+from pit_jax.pipelines import common, pit
+from pit_jax.pipelines.common import Context
 from pit_jax.types import PreferenceExample
 
 TIE_BAND = (0.45, 0.55)
@@ -134,7 +135,7 @@ def verifier_judge(root: Path, rows: Sequence[PreferenceExample]) -> Judge:
     return by_scores("verifier", root, {"judge": "verifier", "requirements": store.digest(requirements)}, score, None)
 
 
-def reward_model_judge(context: pit.Context, name: str, root: Path, rows: Sequence[PreferenceExample]) -> Judge:
+def reward_model_judge(context: Context, name: str, root: Path, rows: Sequence[PreferenceExample]) -> Judge:
     """R_P, or the evaluator, which was trained on all folds and is used for nothing else."""
     e = context.encoder
 
@@ -142,13 +143,13 @@ def reward_model_judge(context: pit.Context, name: str, root: Path, rows: Sequen
         groups = [
             [[*e.policy_prompt(row.prompt), *y, e.tokenizer.eos_id]] for row, y in zip(rows, answers.ids, strict=True)
         ]
-        model = pit.model_of(context, name), pit.load_model(context, name)
-        return pit.score_groups(*model, groups, batch_size=256)[:, 0]
+        model = common.model_of(context, name), common.load_model(context, name)
+        return common.score_groups(*model, groups, batch_size=256)[:, 0]
 
     return by_scores(name, root, {"judge": name, "model": context.workdir.model_digest(name)}, score, TIE_BAND)
 
 
-def gap_judge(context: pit.Context, root: Path, rows: Sequence[PreferenceExample]) -> Judge:
+def gap_judge(context: Context, root: Path, rows: Sequence[PreferenceExample]) -> Judge:
     """R_PIT, asked in both orders: y_1 is better where r_gap(x, y_1, y_2) > r_gap(x, y_2, y_1) (appendix G)."""
 
     score = functools.cache(lambda: pit.gap_scorer(context))

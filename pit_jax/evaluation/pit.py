@@ -7,281 +7,56 @@ functions of these files alone.
 import dataclasses
 import functools
 import json
-import shutil
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from pit_jax.config import PitConfig
 from pit_jax.data import verifier
 from pit_jax.evaluation import (
     agreement,
     answers,
-    figures,
-    human,
     judges as judging,
     ratings,
-    report,
     store,
-    tables,
-    win_rate,
 )
 from pit_jax.evaluation.answers import Maker, Plan
 from pit_jax.evaluation.judges import Judge
-from pit_jax.evaluation.store import AnswerSet
-from pit_jax.evaluation.win_rate import Verdicts
-from pit_jax.files import read_json, write_json_atomic, write_text_atomic
-from pit_jax.pipelines import improve, pit
+from pit_jax.evaluation.run import Evaluation, Options, System, answer_statistics, write
+from pit_jax.pipelines import common, improve, pit
+from pit_jax.pipelines.common import Context
 from pit_jax.pipelines.improve import Step, StopRules
 
-TABLES = ("win_rates", "agreement", "ratings", "iterations", "stop_rules", "temperatures", "rl", "chain_of_thought")
-"""Tables 1 and 2; Table 4 and Figure 2; Table 3; curves over iterations and tokens; stop rules (4.7, appendix J);
-Figure 3; Figure 4 and the choice by KL; Figure 5."""
-
-ARM_STAGES = {"second_rl_only": "arm_second_rl_only", "longer_sft": "arm_longer_sft", "pit_sft_cot": pit.COT_ARM}
+ARM_STAGES = {"second_rl_only": "arm_second_rl_only", "longer_sft": "arm_longer_sft", "pit_sft_cot": common.COT_ARM}
 """Arms that are trained only when asked for: see `config.ARMS`."""
 
 OWN_JUDGES = ("verifier", "evaluator", "r_p", "r_pit")
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What is evaluated; sampling settings are in config.evaluation.
-
-    Attributes:
-      tables: of TABLES.
-      judges: of OWN_JUDGES; the verifier is left out where the data have no requirements.
-      num_iterations: K of Algorithm 2; 0: that of the config.
-      temperatures: of Figures 3 and 5.
-      num_shuffles: orders of the comparisons for Elo.
-    """
-
-    tables: tuple[str, ...] = ("win_rates", "agreement")
-    judges: tuple[str, ...] = ("verifier", "evaluator")
-    num_iterations: int = 0
-    temperatures: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-    num_shuffles: int = 100
-
-    def __post_init__(self):
-        for field, known in (("tables", TABLES), ("judges", OWN_JUDGES)):
-            for name in getattr(self, field):
-                if name not in known:
-                    raise ValueError(f"--{field} names {name!r}: use {', '.join(known)}")
-            if not getattr(self, field):
-                raise ValueError(f"--{field} is empty: use {', '.join(known)}")
-        if self.num_iterations < 0:
-            raise ValueError(f"--iterations={self.num_iterations}: not below 0")
-        if any(t < 0 for t in self.temperatures):
-            raise ValueError(f"--temperatures={self.temperatures}: not below 0")
+def can_self_refine(run: Evaluation) -> bool:
+    """Whether M_P has learnt to write feedback."""
+    return run.context.config.evaluation.self_refine and bool(run.rows[0].reflection)
 
 
-MoreJudges = Callable[[Maker], list[Judge]]
-"""Judges of the answers to the test prompts that are not the run's own."""
-
-
-class Evaluation:
-    """Everything that the tables read: rows, answers, judges."""
-
-    def __init__(self, context: pit.Context, options: Options, more_judges: MoreJudges | None = None):
-        self.context, self.options = context, options
-        self.rows = context.rows["test"][: context.config.evaluation.num_prompts]
-        self.maker = Maker(context, "test", self.rows)
-        self.selection = Maker(context, "selection", context.rows["selection"])
-        self.judges = make_judges(context, options.judges, self.maker)
-        self.judges += more_judges(self.maker) if more_judges else []
-        if not self.judges_of_all:
-            raise ValueError(f"no judge is left of --judges={','.join(options.judges)}: the data have no requirements")
-        self.details: dict[str, list[dict]] = {}
-        self.num_iterations = options.num_iterations or context.config.evaluation.num_iterations
-
-    @property
-    def verifiable(self) -> bool:
-        """Whether the rows say what they ask for."""
-        return bool(self.rows[0].requirements)
-
-    @property
-    def can_self_refine(self) -> bool:
-        """Whether M_P has learnt to write feedback."""
-        return self.context.config.evaluation.self_refine and bool(self.rows[0].reflection)
-
-    @functools.cached_property
-    def truth(self) -> Judge:
-        """The judge that stop rules are measured by: the verifier, or the evaluator where there is none."""
-        return self.truth_of(self.maker)
-
-    def truth_of(self, maker: Maker) -> Judge:
-        """The same, of another split."""
-        return make_judges(self.context, ["verifier" if self.verifiable else "evaluator"], maker)[0]
-
-    @property
-    def judges_of_all(self) -> list[Judge]:
-        """Those that are asked about everything."""
-        return [judge for judge in self.judges if judge.comparisons is None]
-
-    def compare(self, judge: Judge, first: str, second: str) -> dict:
-        """win, lose, tie, delta and its interval over the prompts with a verdict; how many have none."""
-        verdicts = judge.compare(self.maker[first], self.maker[second])
-        if judge.details is not None:
-            said = judge.details(self.maker[first], self.maker[second])
-            self.details.setdefault(judge.name, []).extend([said["counts"]] if "counts" in said else [])
-        config = self.context.config
-        return summarize(verdicts, seed=config.seed, num_resamples=config.evaluation.num_resamples)
-
-
-def summarize(verdicts: Verdicts, *, seed: int, num_resamples: int) -> dict:
-    """`win_rate.summarize` over the prompts with a verdict; `no_verdict`: how many were asked about and have none."""
-    counted = verdicts.outcome[verdicts.mask]
-    lacking = int(np.sum(verdicts.asked & ~verdicts.mask))
-    if not counted.size:
-        return dict.fromkeys(("win", "lose", "tie", "delta", "low", "high")) | {"n": 0, "no_verdict": lacking}
-    summary = win_rate.summarize(counted, seed=seed, num_resamples=num_resamples)
-    return summary | ({"no_verdict": lacking} if lacking else {})
-
-
-def make_judges(context: pit.Context, names: Sequence[str], maker: Maker) -> list[Judge]:
-    """Judges of the answers of a split, by name; the verifier only where there are requirements."""
+def make_judge(context: Context, name: str, maker: Maker) -> Judge | None:
+    """A judge of the answers of a split; the verifier only where there are requirements."""
     root = {kind: maker.root / kind / maker.split for kind in ("scores", "verdicts")}
-    found = []
-    for name in names:
-        if name == "verifier":
-            if maker.rows[0].requirements:
-                found.append(judging.verifier_judge(root["scores"], maker.rows))
-        elif name == "r_pit":
-            found.append(judging.gap_judge(context, root["verdicts"], maker.rows))
-        else:
-            found.append(judging.reward_model_judge(context, name, root["scores"], maker.rows))
-    return found
+    if name == "verifier":
+        return judging.verifier_judge(root["scores"], maker.rows) if maker.rows[0].requirements else None
+    if name == "r_pit":
+        return judging.gap_judge(context, root["verdicts"], maker.rows)
+    return judging.reward_model_judge(context, name, root["scores"], maker.rows)
 
 
-def evaluate(context: pit.Context) -> dict:
+def evaluate(context: Context) -> dict:
     """The last stage: the tables of a run's own judges.
 
     Returns:
       The stage's record; the numbers are in results.json.
     """
-    write(Evaluation(context, Options()))
+    write(Evaluation(SYSTEM, context, Options()))
     return {"steps": 0, "arms": list(context.config.arms)}
-
-
-def write(run: Evaluation, command: str = "") -> None:
-    """Samples, judges and writes results.json, tables.txt, CSV files, samples/test.jsonl and report/index.html.
-
-    Args:
-      run: what to evaluate.
-      command: what the user typed, for the report.
-    """
-    started, context = time.perf_counter(), run.context
-    results: dict[str, Any] = {"name": context.config.name, "seed": context.config.seed}
-    makers = {
-        "win_rates": win_rates,
-        "agreement": reward_models,
-        "ratings": elo_ratings,
-        "iterations": iteration_curves,
-        "stop_rules": stop_rules,
-        "temperatures": temperature_sweep,
-        "rl": rl_curves,
-        "chain_of_thought": chain_of_thought,
-    }
-    for table in TABLES:
-        if table in run.options.tables:
-            print(f"  {table}", flush=True)
-            found = makers[table](run)
-            results |= found | {"missing": results.get("missing", {}) | found.get("missing", {})}
-    results["costs"] = costs(run)
-    results |= {"judge_costs": found} if (found := judge_costs(run)) else {}
-    results["commands"] = {"train": context.command} | ({"evaluate": command} if command else {})
-    results["stages"] = _stage_records(context) | {"evaluate": {"steps": 0, "seconds": time.perf_counter() - started}}
-    root, samples = context.workdir.root, sample_lines(run)
-    write_text_atomic(root / "samples" / "test.jsonl", "".join(f"{store.line(sample)}\n" for sample in samples))
-    write_json_atomic(root / "results.json", results)
-    write_text_atomic(root / "tables.txt", tables.render(results) + "\n")
-    shutil.rmtree(root / "tables", ignore_errors=True)  # of tables that are not asked for any more
-    tables.write_csv(results, root / "tables")
-    _write_report(context, results, samples)
-    _print_samples(run)
-
-
-def _write_report(context: pit.Context, results: dict, samples: list[dict]) -> None:
-    """report/index.html and report/*.svg; without figures where matplotlib is not installed."""
-    folder = context.workdir.root / "report"
-    shutil.rmtree(folder, ignore_errors=True)  # figures of tables that are not asked for any more
-    try:
-        drawn = figures.draw(results)
-    except ImportError as error:
-        print(f"  the report has no figures: {error}", flush=True)
-        drawn = {}
-    for name, svg in drawn.items():
-        write_text_atomic(folder / f"{name}.svg", svg)
-    config = dataclasses.asdict(context.config)
-    write_text_atomic(folder / "index.html", report.render(results, config, samples, drawn))
-
-
-def write_sheet(run: Evaluation, comparison: str, num_prompts: int) -> Path:
-    """A blind sheet on which people compare two sets of answers (appendix I: 170 prompts, two annotators for each).
-
-    Args:
-      run: whose answers.
-      comparison: such as "pit_vs_self_refine".
-      num_prompts: chosen at random.
-
-    Returns:
-      The file. Which side is whose stays in evaluation/human.
-
-    Raises:
-      ValueError: for an unknown comparison, or one whose sheet has been handed out with other answers.
-    """
-    known = _pairs(list(run.maker.sets))
-    if comparison not in known:
-        raise ValueError(f"the run has no answers for the sheet {comparison}: use one of {', '.join(known)}")
-    first, second = (run.maker[name] for name in known[comparison])
-    config, root = run.context.config, run.context.workdir.root
-    rng = np.random.default_rng(pit.seed_of(config, f"sheet/{comparison}"))
-    prompts = sorted(rng.permutation(len(run.rows))[:num_prompts].tolist())
-    pairs = [human.Pair(run.rows[i].prompt.strip(), first.texts[i], second.texts[i]) for i in prompts]
-    seed, title = pit.seed_of(config, f"sheet/{comparison}/sides"), "Which answer is better?"
-    kept = {"key": human.key(pairs, seed, title), "prompts": prompts}
-    kept |= {"sets": list(known[comparison]), "specs": [store.digest(made.spec) for made in (first, second)]}
-    path = human_folder(root) / f"{comparison}.json"
-    if path.exists() and read_json(path) != kept and any((path.parent / comparison).glob("*.json")):
-        raise ValueError(
-            f"{path.parent / comparison} has verdicts on another sheet of {comparison}: move it away first"
-        )
-    write_json_atomic(path, kept)
-    sheet = root / "sheets" / f"{comparison}.html"
-    write_text_atomic(sheet, human.sheet(pairs, seed, title))
-    return sheet
-
-
-def human_folder(root: Path) -> Path:
-    """Where keys of sheets and verdicts of people are."""
-    return root / "evaluation" / "human"
-
-
-def add_verdicts(root: Path, exports: Sequence[str | Path]) -> None:
-    """Takes files that annotators have saved into the workdir.
-
-    Raises:
-      ValueError: where a file is none, or no sheet of this workdir has its number.
-    """
-    folder = human_folder(root)
-    keys = {path.stem: read_json(path)["key"] for path in folder.glob("*.json")}
-    for export in exports:
-        if not Path(export).is_file():
-            raise ValueError(f"--verdicts={export}: no such file")
-        content = read_json(export)
-        sheet = content.get("sheet") if isinstance(content, dict) else None
-        names = [name for name, key in keys.items() if key["sheet"] == sheet]
-        if not names:
-            raise ValueError(
-                f"--verdicts={export} is of none of the sheets of this workdir ({', '.join(keys) or 'none'})"
-            )
-        for name in names:
-            others = {path.name: read_json(path) for path in (folder / name).glob("*.json")}
-            kept = f"{store.digest(content)}.json"  # annotators' names do not become names of files
-            human.read_verdicts(keys[name], others | {kept: content})
-            write_json_atomic(folder / name / kept, content)
 
 
 # ---------------------------------------------------------------------------------------------- win rates (Tables 1, 2)
@@ -301,7 +76,7 @@ def main_plans(run: Evaluation) -> list[Plan]:
         Plan("pit_shuffled", "pit", final, "original", shuffled=True),
         Plan("pit_sft", "pit", "sft_pit", "original"),
     ]
-    if run.can_self_refine:
+    if can_self_refine(run):
         plans.append(Plan("self_refine", "self_refine", "rl_policy", "original"))
     if len(config.curriculum) > 1 and config.curriculum[0] == "data":
         plans.append(Plan("first_rl_only", "pit", "rl_pit_1", "original"))
@@ -322,7 +97,7 @@ def win_rates(run: Evaluation) -> dict:
             for judge in run.judges
             if judge.comparisons is None or name in judge.comparisons
         }
-        for name, (first, second) in _pairs(names).items()
+        for name, (first, second) in run.system.pairs(names).items()
     }
     found = {
         "comparisons": comparisons,
@@ -357,45 +132,6 @@ COMPARISONS = {
     "longer_sft_vs_pit": ("longer_sft", "pit"),
 }
 """Name -> (first, second) answers; beside them each iteration of M_PIT against the original."""
-
-
-def _pairs(names: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Comparison name -> (first, second) answers; those whose answers exist."""
-    later = {f"{name}_vs_original": (name, "original") for name in names if name.startswith("pit_iteration_")}
-    return {name: pair for name, pair in (COMPARISONS | later).items() if set(pair) <= set(names)}
-
-
-def answer_statistics(run: Evaluation, name: str) -> dict:
-    """What a set of answers looks like.
-
-    Returns:
-      tokens: mean length; copy_rate: share of answers whose ids are those of their own ref_response (None where there
-      is none); ended: share with EOS; by the verifier share_met, and all_met: share of answers that meet everything;
-      fixed and kept: the latter among the prompts whose Original fails something, and among the others.
-    """
-    mean = lambda values: float(np.mean(values)) if len(values) else None  # noqa: E731
-    found = run.maker[name]
-    statistics = {
-        "tokens": mean([len(y) for y in found.ids]),
-        "copy_rate": mean(copies(run, found)),
-        "ended": mean([len(y) < run.context.config.data.response_window for y in found.ids]),
-    }
-    if run.verifiable:
-        scores, original = (run.truth.scores(run.maker[n]) for n in (name, "original"))
-        met, was_met = scores == 1.0, original == 1.0
-        statistics |= {"share_met": mean(scores), "all_met": mean(met)}
-        statistics |= {"fixed": mean(met[~was_met]), "kept": mean(met[was_met])}
-    return statistics
-
-
-def copies(run: Evaluation, found: AnswerSet) -> list[bool]:
-    """Which answers equal the one that they improve; empty where they improve none."""
-    if "of" not in found.spec:
-        return []
-    before = run.maker[found.spec["of"]].ids
-    if found.spec["shuffled"]:
-        before = [*before[1:], *before[:1]]
-    return [y == ref for y, ref in zip(found.ids, before, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------- agreement (Table 4, Figure 2)
@@ -463,8 +199,8 @@ def labelled_scores(run: Evaluation) -> dict[str, dict[str, list[float]]]:
         ]
         found["r_pit"] |= dict(zip(("shuffled_wl", "shuffled_lw"), score(moved, pairings=2).T, strict=True))
         for name in ("r_p", "evaluator"):
-            model = pit.model_of(context, name), pit.load_model(context, name)
-            scores = pit.score_groups(*model, pit.policy_groups(e, rows))
+            model = common.model_of(context, name), common.load_model(context, name)
+            scores = common.score_groups(*model, common.policy_groups(e, rows))
             found[name] = {"chosen": scores[:, 0], "rejected": scores[:, 1]}
         return found
 
@@ -494,8 +230,8 @@ def own_margins(run: Evaluation, stage: str) -> dict[str, np.ndarray]:
         found = {"r_pit": gap[:, 0] - gap[:, 1]}
         groups = [[[*e.policy_prompt(x), *y, e.tokenizer.eos_id] for y in (a, b)] for x, a, b in pairs]
         for name in ("r_p", "evaluator"):
-            model = pit.model_of(context, name), pit.load_model(context, name)
-            scores = pit.score_groups(*model, groups).reshape(-1, 2)
+            model = common.model_of(context, name), common.load_model(context, name)
+            scores = common.score_groups(*model, groups).reshape(-1, 2)
             found[name] = scores[:, 0] - scores[:, 1]
         return found
 
@@ -511,7 +247,7 @@ def own_margins(run: Evaluation, stage: str) -> dict[str, np.ndarray]:
 
 def _chains(run: Evaluation) -> dict[str, list[str]]:
     """Method -> names of y_0 .. y_K, all made."""
-    methods = ["pit", *(["self_refine"] if run.can_self_refine else []), "rerank"]
+    methods = ["pit", *(["self_refine"] if can_self_refine(run) else []), "rerank"]
     return {method: _chain(run, run.maker, method) for method in methods}
 
 
@@ -588,7 +324,7 @@ def iteration_curves(run: Evaluation) -> dict:
 def chain_steps(run: Evaluation, maker: Maker, names: Sequence[str]) -> list[list[Step]]:
     """y_0 .. y_K of each prompt, with R_PIT's gaps."""
     context = run.context
-    gains = functools.cache(lambda: improve.make_gains(context))
+    gains = functools.cache(lambda: pit.make_gains(context))
     columns = [maker[names[0]].steps]
     for before, name in zip(names, names[1:], strict=False):
         after = maker[name]
@@ -683,21 +419,21 @@ def temperature_sweep(run: Evaluation) -> dict:
     """temperature_sweep of results.json: M_PIT and Self-Refine at each temperature, originals at that of the config."""
     run.maker.make(Plan("original", "policy", "rl_policy"))
     methods = {"pit": Plan("pit", "pit", pit.final_stage(run.context.config), "original")}
-    if run.can_self_refine:
+    if can_self_refine(run):
         methods["self_refine"] = Plan("self_refine", "self_refine", "rl_policy", "original")
     return {"temperature_sweep": _sweep(run, methods, "original")}
 
 
 def chain_of_thought(run: Evaluation) -> dict:
     """chain_of_thought of results.json: M_PIT^SFT with and without thoughts improves M_P^SFT's answers (appendix K)."""
-    if run.context.workdir.done(pit.COT_ARM) is None:
+    if run.context.workdir.done(common.COT_ARM) is None:
         return {"missing": {"pit_sft_cot_vs_sft": f"{run.context.command} --config.arms=pit_sft_cot"}}
     run.maker.make(Plan("sft", "policy", "sft_policy"))
     methods = {
         "pit_sft": Plan("pit_sft_of_sft", "pit", "sft_pit", "sft"),
-        "pit_sft_cot": Plan("pit_sft_cot_of_sft", "pit", pit.COT_ARM, "sft"),
+        "pit_sft_cot": Plan("pit_sft_cot_of_sft", "pit", common.COT_ARM, "sft"),
     }
-    if run.can_self_refine:
+    if can_self_refine(run):
         methods["self_refine"] = Plan("self_refine_of_sft", "self_refine", "sft_policy", "sft")
     return {"chain_of_thought": _sweep(run, methods, "sft")}
 
@@ -748,7 +484,7 @@ def par_gaps(run: Evaluation, num_pairs: int = 8) -> np.ndarray:
       [rollout_size, num_pairs]; sampled as in RL.
     """
     context, settings = run.context, run.context.config.ppo_pit
-    rows = pit.selection_rows(context, settings.rollout_size)
+    rows = common.selection_rows(context, settings.rollout_size)
     maker = Maker(context, "par", [row for row in rows for _ in range(2 * num_pairs)])
     own = maker.make(Plan("rl_policy", "policy", "rl_policy", temperature=settings.temperature))
 
@@ -761,7 +497,7 @@ def par_gaps(run: Evaluation, num_pairs: int = 8) -> np.ndarray:
     return np.reshape(gaps, (len(rows), num_pairs))
 
 
-def _kl_curve(context: pit.Context, stage: str) -> dict | None:
+def _kl_curve(context: Context, stage: str) -> dict | None:
     record = context.workdir.done(stage)
     if record is None:
         return None
@@ -778,7 +514,7 @@ def _kl_curve(context: pit.Context, stage: str) -> dict | None:
     }
 
 
-def _training_scores(context: pit.Context, stages: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
+def _training_scores(context: Context, stages: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
     """(step, mean reward of the rollout) of each stage, from metrics.jsonl."""
     found: dict[str, list[tuple[int, float]]] = {stage: [] for stage in stages}
     with open(context.workdir.root / "metrics.jsonl", encoding="utf-8") as file:
@@ -788,86 +524,39 @@ def _training_scores(context: pit.Context, stages: Sequence[str]) -> dict[str, l
     return found
 
 
-# -------------------------------------------------------------------------------------------------------------- writing
-
-
-def costs(run: Evaluation) -> dict[str, dict]:
-    """What each set of answers took."""
-    found = {}
-    for name, made in run.maker.sets.items():
-        if made.spec["method"] not in ("chosen", "rejected"):
-            total = lambda field: sum(getattr(step, field) for step in made.steps)  # noqa: E731, B023
-            found[name] = {"seconds": made.seconds, "answers": len(made.steps)}
-            found[name] |= {field: total(field) for field in ("read", "written", "scored")}
-    return found
-
-
-def judge_costs(run: Evaluation) -> dict[str, dict]:
-    """What judges that count have counted, summed over comparisons; rates are means over comparisons."""
-    found = {}
-    for name, counts in run.details.items():
-        if counts:
-            keys = [key for key in counts[0] if key != "first_position_rate"]
-            found[name] = {key: sum(count[key] for count in counts) for key in keys}
-            rates = [count["first_position_rate"] for count in counts if count["first_position_rate"] is not None]
-            found[name]["first_position_rate"] = sum(rates) / len(rates) if rates else None
-    return found
-
-
-def _stage_records(context: pit.Context) -> dict[str, dict]:
-    """What each finished stage measured."""
-    names = pit.stage_names(context.config)
-    names += [stage for stage in ARM_STAGES.values() if stage not in names]
-    return {name: record for name in names if (record := context.workdir.done(name)) is not None}
-
-
-def sample_lines(run: Evaluation) -> list[dict]:
-    """One dict per test prompt: all answers, which improve which, and what each judge says of them."""
+def _sample_chains(run: Evaluation) -> dict[str, list[str]]:
+    """Method -> names of y_0 .. y_K, those that were made."""
     sets = run.maker.sets
-    scored = {judge.name: {n: judge.scores(made) for n, made in sets.items()} for judge in run.judges if judge.scores}
     chains = {method: ["original", *answers.chain_names(method, run.num_iterations)] for method in improve.METHODS}
-    chains = {method: [n for n in names if n in sets] for method, names in chains.items() if method in sets}
-    compared = {f"{n}_vs_original": (n, "original") for names in chains.values() for n in names[1:]}
-    compared |= _pairs(list(sets))
-    pairs = {name: (run.maker[a], run.maker[b]) for name, (a, b) in compared.items()}
-    outcomes = {
-        judge.name: {
-            name: judge.compare(*sides)
-            for name, sides in pairs.items()
-            if judge.comparisons is None or name in judge.comparisons
-        }
-        for judge in run.judges
-    }
-    lines = []
-    for i, row in enumerate(run.rows):
-        verdict = lambda v: int(v.outcome[i]) if v.mask[i] else None  # noqa: E731, B023
-        line = {
-            "prompt": row.prompt,
-            "requirements": [[r.kind, r.value] for r in row.requirements],
-            "answers": {name: made.texts[i] for name, made in sets.items()},
-            "chains": chains,
-            "scores": {judge: {n: float(x[i]) for n, x in scores.items()} for judge, scores in scored.items()},
-            "verdicts": {
-                judge: {name: verdict(v) for name, v in by_pair.items() if v.asked[i]}
-                for judge, by_pair in outcomes.items()
-            },
-        }
-        if row.requirements:
-            line["met"] = {n: list(verifier.verify(row.requirements, made.texts[i])) for n, made in sets.items()}
-        lines.append(line)
-    return lines
+    return {method: [n for n in names if n in sets] for method, names in chains.items() if method in sets}
 
 
-def _print_samples(run: Evaluation) -> None:
-    """A few improved answers as they are, from evenly spaced prompts."""
-    rows, sets = run.rows, run.maker.sets
-    n = min(run.context.config.evaluation.show_samples, len(rows)) if "pit" in sets else 0
-    for i in range(0, len(rows), max(1, len(rows) // max(n, 1)))[:n]:
-        print(f"  prompt:   {rows[i].prompt}")
-        for label, made in (("original", sets["original"]), ("improved", sets["pit"])):
-            met = ""
-            if rows[i].requirements:
-                checks = verifier.verify(rows[i].requirements, made.texts[i])
-                met = f"  [{sum(checks)} of {len(checks)} met]"
-            print(f"  {label}: {made.texts[i]!r}{met}")
-        print(flush=True)
+def _stage_names(config: PitConfig) -> list[str]:
+    names = pit.stage_names(config)
+    return names + [stage for stage in ARM_STAGES.values() if stage not in names]
+
+
+SYSTEM = System(
+    tables={
+        "win_rates": win_rates,  # Tables 1 and 2
+        "agreement": reward_models,  # Table 4 and Figure 2
+        "ratings": elo_ratings,  # Table 3
+        "iterations": iteration_curves,  # curves over iterations and tokens
+        "stop_rules": stop_rules,  # section 4.7, appendix J
+        "temperatures": temperature_sweep,  # Figure 3
+        "rl": rl_curves,  # Figure 4 and the choice by KL
+        "chain_of_thought": chain_of_thought,  # Figure 5
+    },
+    judges=OWN_JUDGES,
+    usual_judges=("verifier", "evaluator"),
+    main_comparisons=("original_vs_chosen", "pit_vs_original", "self_refine_vs_original", "pit_vs_self_refine"),
+    needs=lambda config: ["rl_policy", pit.final_stage(config), "evaluator"],
+    make_judge=make_judge,
+    truth=lambda run: "verifier" if run.verifiable else "evaluator",
+    comparisons=COMPARISONS,
+    original="original",
+    improved="pit",
+    repeated="pit",
+    chains=_sample_chains,
+    stages=_stage_names,
+)

@@ -121,7 +121,7 @@ class Headline(NamedTuple):
 def headlines(results: Mapping) -> list[Headline]:
     """The first judge's deltas with those of the other judges, and what the answers and R_PIT are like."""
     found = []
-    for name in ("pit_vs_original", "pit_vs_self_refine"):
+    for name in ("pit_vs_original", "pit_vs_self_refine", "srt_stage1_vs_base", "srt_stage2_vs_stage1"):
         judges = {j: s for j, s in results.get("comparisons", {}).get(name, {}).items() if s.get("delta") is not None}
         for judge, s in list(judges.items())[:1]:
             value = f"{tables.percent(s['delta'], signed=True, digits=1)} points"
@@ -131,6 +131,14 @@ def headlines(results: Mapping) -> list[Headline]:
             others = [_said(other, judges[other]) for other in judges if other != judge]
             found.append(Headline(value, f"{proper(name)}, by the {judge}", (won, sure, *others), tone))
     answers = results.get("answers", {})
+    base, refined = answers.get("base", {}), answers.get("srt_stage1", {})
+    if base.get("all_met") is not None and refined.get("all_met") is not None:
+        values = [base["all_met"], refined["all_met"], answers.get("srt_stage2", {}).get("all_met")]
+        value = " → ".join(_short(x) for x in values if x is not None)
+        details = (f"stage 1: of failing answers {_short(refined.get('fixed'))} fixed",)
+        found.append(Headline(value, "meet every requirement, M_base → SRT", details))
+    if results.get("srt", {}).get("parse_rate") is not None:
+        found.append(Headline(_short(results["srt"]["parse_rate"]), "of critiques on the test prompts are whole", ()))
     original, improved = answers.get("original", {}), answers.get("pit", {})
     if original.get("all_met") is not None and improved.get("all_met") is not None:
         value = f"{_short(original['all_met'])} → {_short(improved['all_met'])}"

@@ -15,9 +15,12 @@ and perhaps no_verdict, the number of prompts that are not in n as the judge gav
                         num_comparisons, num_shuffles}}
     reward_models       {"r_pit": {accuracy, low, high, n, ...}, "r_p": {...}, "llm": {..., no_verdict}}
     gap_distributions   {edges: [m + 1], density: {pairing: [m]}}
-    rl_rewards          {similar: [low, high], worse_note, n, stages: {stage: {steps, reward, low, high, chosen_step,
+    rl_rewards          {similar: [low, high], n, stages: {stage: {steps, reward, chosen_step,
                         training_steps, training_reward}}}; n: selection prompts behind reward
     kl_reward           {stage: {steps, kl, score, share_met, chosen_step, bins: [{low, high, step}]}}
+    srt                 {parse_rate, feedback: {stage: {records, causes: {cause: n}, parse_rate, mean_scores: [y, r]}}}
+    self_scores         {"stage1": {agreement: {accuracy, low, high, n}, ties, no_score, histograms: {answer and
+                        refinement: [10]}, quality: [{score, n, share_met, all_met}]}}
     costs               {name of answers: {seconds, read, written, scored, answers}}; read, written, scored in tokens
     judge_costs         {judge: {calls, cached_calls, prompt_tokens, completion_tokens, seconds, ...}}
     stages              {"sft_policy": {seconds, steps, ...}}
@@ -38,14 +41,16 @@ SHARES = ("win", "lose", "tie", "delta")
 
 _ORDER = """
     pit self_refine rerank pit_sft pit_sft_cot pit_sft_of_sft pit_sft_cot_of_sft self_refine_of_sft first_rl_only
-    second_rl_only pit_shuffled original rl fresh sft longer_sft chosen rejected
+    second_rl_only pit_shuffled original rl fresh sft longer_sft
+    srt_stage1 srt_stage2 srt_rerank without_score without_suggestions without_weaknesses without_feedback
+    all_but_refinement quarter half refined_base answer1 answer2 base base_greedy chosen rejected
     tokens copy_rate ended share_met all_met fixed kept
     verifier data pretrain sft_policy sft_pit r_p r_pit evaluator rl_policy rl_pit_1 rl_pit_2
-    arm_second_rl_only arm_longer_sft arm_pit_sft_cot evaluate
+    arm_second_rl_only arm_longer_sft arm_pit_sft_cot critic_feedback srt self_feedback_1 dpo_1 evaluate
     chosen_rejected chosen_chosen rejected_rejected rejected_chosen
 """.split()
 _JUDGE_COSTS = ("calls", "cached_calls", "prompt_tokens", "completion_tokens", "seconds")
-_SAME = {"rl": "original"}
+_SAME = {"rl": "original", "stage1": "srt_stage1", "rerank": "srt_rerank"}
 """Answers that go by another name in a comparison."""
 
 
@@ -83,6 +88,9 @@ def tables(results: dict) -> list[Table]:
         _temperature_sweep(results.get("temperature_sweep", {})),
         _chain_of_thought(results.get("chain_of_thought", {})),
         _ratings(results.get("ratings", {})),
+        _srt_feedback(results.get("srt", {})),
+        _self_scores(results.get("self_scores", {})),
+        _quality(results.get("self_scores", {})),
         _reward_models(results.get("reward_models", {})),
         _gap_distributions(results.get("gap_distributions", {})),
         _rl_rewards(results.get("rl_rewards", {})),
@@ -205,7 +213,7 @@ def _comparisons(comparisons: dict, answers: dict) -> Table:
             record |= {"tokens": first.get("tokens"), "copy_rate": first.get("copy_rate")}
         rows.append(row)
         records.append(record)
-    title = "Win rates in percent (Tables 1 and 2)"
+    title = "Win rates in percent (PIT Tables 1 and 2, SRT Table 3)"
     return Table("comparisons", title, header, rows, 2, (note,) if rows else (), tuple(records))
 
 
@@ -240,6 +248,70 @@ def _iterations(iterations: dict) -> Table:
     records = tuple({"method": method} | _flat(row) for method, row in found)
     title = "Iterations (section 4.7); shares in percent"
     return Table("iterations", title, header, rows, 1, notes if rows else (), records)
+
+
+def _srt_feedback(found: dict) -> Table:
+    rows, records, notes = [], [], []
+    for stage, row in found.get("feedback", {}).items():
+        before, after = row.get("mean_scores") or (None, None)
+        kept = row["causes"].get("kept", 0)
+        dropped = ", ".join(f"{n:,} {cause}" for cause, n in row["causes"].items() if cause != "kept")
+        rows.append(
+            [words(stage), _count(row["records"]), _count(kept), percent(row["parse_rate"])]
+            + [_number(x, "{:.2f}") for x in (before, after)]
+        )
+        notes.append(f"{words(stage)}: dropped are {dropped or 'none'}.")
+        records.append(
+            {"stage": stage, "records": row["records"], "parse_rate": row["parse_rate"]}
+            | {"mean_score": before, "mean_refinement_score": after}
+            | {f"causes.{cause}": n for cause, n in row["causes"].items()}
+        )
+    header = ["feedback", "records", "kept", "parse rate, percent", "mean score", "of refinements"]
+    return Table("srt_feedback", "Feedback (SRT section 4.1)", header, rows, 1, tuple(notes), tuple(records))
+
+
+def _self_scores(models: dict) -> Table:
+    rows, records = [], []
+    for model, found in models.items():
+        means = [_mean_score(found["histograms"].get(side)) for side in ("answer", "refinement")]
+        a = found["agreement"]
+        rows.append(
+            [words(model), percent(a["accuracy"]), interval(a), _count(a["n"]), percent(found["ties"])]
+            + [_count(found["no_score"]), *(_number(x, "{:.2f}") for x in means)]
+        )
+        records.append(
+            {"model": model} | _flat(a, "agreement.") | {"ties": found["ties"], "no_score": found["no_score"]}
+        )
+        records[-1] |= {f"{side}_score_{k}": n for side, x in found["histograms"].items() for k, n in enumerate(x, 1)}
+    header = [
+        "model",
+        "agrees with labels",
+        "95% interval",
+        "pairs",
+        "ties",
+        "without score",
+        "own answers",
+        "refinements",
+    ]
+    note = "A tie counts as wrong. Own answers and refinements: their mean score on the test prompts."
+    title = "Scores that the model gives (SRT Table 5, Figure 3), in percent"
+    return Table("self_scores", title, header, rows, 1, (note,) if rows else (), tuple(records))
+
+
+def _mean_score(histogram: list[int] | None) -> float | None:
+    counts = np.asarray(histogram or [0])
+    return float(np.sum(counts * np.arange(1, len(counts) + 1)) / counts.sum()) if counts.sum() else None
+
+
+def _quality(models: dict) -> Table:
+    found = [(model, row) for model, of in models.items() for row in of.get("quality") or []]
+    rows = [
+        [words(m), str(r["score"]), _count(r["n"]), percent(r["share_met"]), percent(r["all_met"])] for m, r in found
+    ]
+    records = tuple({"model": m} | r for m, r in found)
+    header = ["model", "score", "refinements", "share met", "all met"]
+    title = "Refinements by the score that the model gives them (SRT Figure 6); shares in percent"
+    return Table("self_score_quality", title, header, rows, 1, (), records)
 
 
 def _equal_tokens(entries: list[dict]) -> Table:
@@ -401,12 +473,9 @@ def _rl_rewards(rewards: dict) -> Table:
             [words(stage), str(len(curve["steps"])), *(_number(curve["reward"][i], "{:+.3f}") for i in (0, -1))]
             + [_count(chosen), _number(at.get(chosen), "{:+.3f}")]
         )
-        bounds = {key: curve[key] for key in ("low", "high") if curve.get(key)}
         records += [
-            {"stage": stage, "prompts": "selection", "step": step, "reward": reward}
-            | {key: values[i] for key, values in bounds.items()}
-            | {"chosen": step == chosen}
-            for i, (step, reward) in enumerate(at.items())
+            {"stage": stage, "prompts": "selection", "step": step, "reward": reward, "chosen": step == chosen}
+            for step, reward in at.items()
         ]
         training = zip(curve.get("training_steps") or [], curve.get("training_reward") or [], strict=True)
         records += [{"stage": stage, "prompts": "training", "step": step, "reward": x} for step, x in training]
@@ -414,8 +483,6 @@ def _rl_rewards(rewards: dict) -> Table:
     if rows and rewards.get("similar"):
         low, high = rewards["similar"]
         notes.append(f"Similar: from {low:+.3f} to {high:+.3f}; above it Better, below it Worse.")
-    if rows and rewards.get("worse_note"):
-        notes.append(rewards["worse_note"])
     header = ["stage", "points", "first reward", "last reward", "chosen step", "reward there"]
     title = "Rewards during RL (section 4.6, Figure 4)"
     return Table("rl_rewards", title, header, rows, 1, tuple(notes), tuple(records))

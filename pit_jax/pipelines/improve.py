@@ -11,16 +11,15 @@ read, each counted per row.
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from pit_jax import sharding
 from pit_jax.config import SamplingConfig
-from pit_jax.data import batches
 from pit_jax.data.encode import Encoder
-from pit_jax.pipelines import pit
+from pit_jax.pipelines import common, critics, pit, srt
+from pit_jax.pipelines.common import Context
+from pit_jax.pipelines.samples import Draws, Ids, Sampler, Step
 
 METHODS = {
     "pit": ("final",),
@@ -32,44 +31,8 @@ METHODS = {
 
 KEEP = ("last", "best")
 
-Ids = tuple[int, ...]
-
-
-class Step(NamedTuple):
-    """An answer and what it took.
-
-    Attributes:
-      ids: of the answer, without EOS.
-      read: tokens that policies were given to write it.
-      written: tokens that they sampled, EOS and feedback among them.
-      scored: tokens that reward models were given to choose it, or to decide whether to go on.
-      parsed: False where the feedback could not be used, so that the answer is the one before.
-      gap: r_gap(x, y_k, y_{k-1}) by R_PIT; None for y_0, and where it was not asked for.
-      gain: gap - r_gap(x, y_{k-1}, y_{k-1}): how much further than a copy. A copy has 0, whatever the offset of R_PIT.
-    """
-
-    ids: Ids
-    read: int = 0
-    written: int = 0
-    scored: int = 0
-    parsed: bool = True
-    gap: float | None = None
-    gain: float | None = None
-
-    @property
-    def tokens(self) -> int:
-        """All that it took."""
-        return self.read + self.written + self.scored
-
-
-Draws = np.ndarray
-"""[n, 2] uint32: row number and iteration of each answer to be written. They pick its noise."""
-
 Method = Callable[[Sequence[str], Sequence[Ids], jax.Array, Draws], list[Step]]
 """(prompts, current answers, typed PRNG key, draws) -> next answers; gap and gain are not yet known."""
-
-Gains = Callable[[Sequence[str], Sequence[Ids], Sequence[Ids]], list[tuple[float, float, int]]]
-"""(prompts, answers, the ones before) -> (gap, gain, tokens read) of each."""
 
 
 # ------------------------------------------------------------------------------------------------------------- stopping
@@ -209,7 +172,7 @@ def run(
     rows: Iterable[Row],
     method: Method,
     first: Method,
-    gains: Gains | None,
+    gains: pit.Gains | None,
     rules: StopRules,
     key: jax.Array,
     batch_size: int,
@@ -259,7 +222,7 @@ def run(
 
 
 def with_gains(
-    gains: Gains, prompts: Sequence[str], after: Sequence[Step], before: Sequence[Ids], decide: bool
+    gains: pit.Gains, prompts: Sequence[str], after: Sequence[Step], before: Sequence[Ids], decide: bool
 ) -> list[Step]:
     """The steps with gap and gain, and what it took to know them where they decide something."""
     values = gains(prompts, [step.ids for step in after], before)
@@ -272,38 +235,7 @@ def with_gains(
 # -------------------------------------------------------------------------------------------------------------- methods
 
 
-class Sampler:
-    """A model of a finished stage that answers prompts, `size` at a time so that one program serves all."""
-
-    def __init__(self, context: pit.Context, stage: str, window: int, settings: SamplingConfig, size: int, params=None):
-        """Args: stage: of the model; window: longest prompt; settings: of sampling; size: rows of a batch; params: of
-        the model, where they are in memory already."""
-        self._eos = context.encoder.tokenizer.eos_id
-        self._params = pit.load_model(context, stage) if params is None else params
-        self._generate = pit.jitted_generate(pit.model_of(context, stage), settings, self._eos)
-        self._window, self._size = batches.round_up(window), batches.round_up(size, sharding.mesh_shape()["data"])
-
-    def __call__(self, prompts: Sequence[Sequence[int]], key: jax.Array, draws: Draws) -> list[Step]:
-        """One answer per prompt."""
-        steps = []
-        for start in range(0, len(prompts), self._size):
-            index = np.minimum(np.arange(start, start + self._size), len(prompts) - 1)
-            arrays = sharding.shard_batch(batches.prompt_rows([prompts[i] for i in index], self._window))
-            rollout = jax.device_get(self._generate(self._params, arrays, _row_keys(key, draws[index])))
-            written = np.sum(rollout.response_mask, axis=1)
-            steps += [
-                Step(tuple(ids), read=len(prompts[i]), written=int(n))
-                for i, ids, n in zip(index, pit.response_ids(rollout, self._eos), written, strict=True)
-            ]
-        return steps[: len(prompts)]
-
-
-@jax.jit
-def _row_keys(key: jax.Array, draws: Draws) -> jax.Array:
-    return jax.vmap(lambda draw: jax.random.fold_in(jax.random.fold_in(key, draw[0]), draw[1]))(draws)
-
-
-def policy(context: pit.Context, stage: str, temperature: float, size: int) -> Method:
+def policy(context: Context, stage: str, temperature: float, size: int) -> Method:
     """M_P's own answers; the current ones are not looked at."""
     e = context.encoder
     settings = SamplingConfig(context.config.data.response_window, temperature)
@@ -311,7 +243,7 @@ def policy(context: pit.Context, stage: str, temperature: float, size: int) -> M
     return lambda xs, _, key, draws: sampler([e.policy_prompt(x) for x in xs], key, draws)
 
 
-def pit_method(context: pit.Context, stage: str, temperature: float, size: int) -> Method:
+def pit_method(context: Context, stage: str, temperature: float, size: int) -> Method:
     """M_PIT reads the answer and writes a better one."""
     e, data = context.encoder, context.config.data
     thoughts = pit.has_thoughts(context.config, stage)
@@ -325,14 +257,14 @@ def pit_method(context: pit.Context, stage: str, temperature: float, size: int) 
     return improve
 
 
-def self_refine(context: pit.Context, stage: str, temperature: float, size: int) -> Method:
+def self_refine(context: Context, stage: str, temperature: float, size: int) -> Method:
     """Self-Refine in two calls (appendix E.1): M_P writes feedback on its answer, then a better answer.
 
     Feedback that is empty or does not end within its window cannot be used: the answer stays.
     """
     e, data = context.encoder, context.config.data
     feedback_settings = SamplingConfig(data.reflection_window, temperature)
-    params = pit.load_model(context, stage)
+    params = common.load_model(context, stage)
     critic = Sampler(context, stage, e.reflection_prompt_window, feedback_settings, size, params)
     settings = SamplingConfig(data.response_window, temperature)
     refiner = Sampler(context, stage, e.refinement_prompt_window, settings, size, params)
@@ -353,7 +285,7 @@ def self_refine(context: pit.Context, stage: str, temperature: float, size: int)
     return improve
 
 
-def self_refine_one_call(context: pit.Context, stage: str, temperature: float, size: int) -> Method:
+def self_refine_one_call(context: Context, stage: str, temperature: float, size: int) -> Method:
     """Self-Refine in one call (appendix B): M_P is asked for a better answer at once."""
     e = context.encoder
     settings = SamplingConfig(context.config.data.response_window, temperature)
@@ -365,17 +297,17 @@ def self_refine_one_call(context: pit.Context, stage: str, temperature: float, s
     return improve
 
 
-def rerank(context: pit.Context, stage: str, temperature: float, size: int) -> Method:
+def rerank(context: Context, stage: str, temperature: float, size: int) -> Method:
     """M_P answers once more, and R_P takes the better of the two: after K iterations the best of K + 1."""
     e = context.encoder
     sample = policy(context, stage, temperature, size)
-    model, params = pit.model_of(context, "r_p"), pit.load_model(context, "r_p")
+    model, params = common.model_of(context, "r_p"), common.load_model(context, "r_p")
 
     def improve(xs, ys, key, draws):
         new = sample(xs, ys, key, draws)
         form = lambda x, y: [*e.policy_prompt(x), *y, e.tokenizer.eos_id]  # noqa: E731
         groups = [(form(x, y), form(x, step.ids)) for x, y, step in zip(xs, ys, new, strict=True)]
-        scores = pit.score_groups(model, params, groups, batch_size=size)
+        scores = common.score_groups(model, params, groups, batch_size=size)
         # The score of the earlier answer is known from the iteration before, but for y_0.
         read = [len(new) + (len(old) if draw[1] <= 1 else 0) for (old, new), draw in zip(groups, draws, strict=True)]
         return [
@@ -386,7 +318,61 @@ def rerank(context: pit.Context, stage: str, temperature: float, size: int) -> M
     return improve
 
 
-def make_method(context: pit.Context, name: str, temperature: float, size: int, stage: str = "") -> Method:
+def _self_critic(context: Context, stage: str, temperature: float, size: int) -> critics.SelfCritic:
+    without = srt.ARMS[stage.removeprefix("arm_")][0] if stage.startswith("arm_") else None
+    return srt.make_self_critic(context, stage, temperature, size, srt.make_form(context, without))
+
+
+def srt_answer(context: Context, stage: str, temperature: float, size: int) -> Method:
+    """M_self's first answers; the current ones are not looked at."""
+    model = _self_critic(context, stage, temperature, size)
+    return lambda xs, _, key, draws: model.answer(xs, key, draws)
+
+
+def srt_method(context: Context, stage: str, temperature: float, size: int) -> Method:
+    """M_self criticises an answer and refines it, greedily (SRT section 3); what gives no refinement stays.
+
+    A refinement that is longer than the response window ends there, as any answer does.
+    """
+    model, e = _self_critic(context, stage, temperature, size), context.encoder
+
+    def improve(xs, ys, key, draws):
+        steps = []
+        for y, reply in zip(ys, model.criticize(xs, ys), strict=True):
+            refinement = reply.feedback.refinement
+            ids = e.response(refinement)[:-1][: e.response_window] if refinement else y
+            steps.append(Step(tuple(ids), reply.read, reply.written, parsed=bool(refinement)))
+        return steps
+
+    return improve
+
+
+def srt_rerank(context: Context, stage: str, temperature: float, size: int) -> Method:
+    """The best of N answers by M_self's own scores; of equal ones the first (SRT section 4.4, Figure 4)."""
+    model, num = _self_critic(context, stage, temperature, size), context.config.evaluation.num_candidates
+
+    def improve(xs, _, key, draws):
+        tried: list[list[Step]] = []
+        scores = []
+        for n in range(num):
+            new = model.answer(xs, key, np.stack([draws[:, 0], draws[:, 1] + n], axis=1).astype(np.uint32))
+            said = model.score(xs, [step.ids for step in new])
+            scores.append([reply.feedback.score or 0.0 for reply in said])
+            tried.append([
+                step._replace(read=step.read + reply.read, written=step.written + reply.written)
+                for step, reply in zip(new, said, strict=True)
+            ])  # fmt: skip
+        best = np.argmax(scores, axis=0)
+        took = [
+            (sum(step.read for step in steps), sum(step.written for step in steps))
+            for steps in zip(*tried, strict=True)
+        ]
+        return [tried[best[i]][i]._replace(read=read, written=written) for i, (read, written) in enumerate(took)]
+
+    return improve
+
+
+def make_method(context: Context, name: str, temperature: float, size: int, stage: str = "") -> Method:
     """A method of `METHODS`, or policy.
 
     Args:
@@ -402,24 +388,15 @@ def make_method(context: pit.Context, name: str, temperature: float, size: int, 
         "self_refine": self_refine,
         "self_refine_one_call": self_refine_one_call,
         "rerank": rerank,
+        "srt_answer": srt_answer,
+        "srt": srt_method,
+        "srt_rerank": srt_rerank,
     }[name]
-    last = pit.final_stage(context.config) if name == "pit" else "rl_policy"
+    if name.startswith("srt"):
+        last = srt.final_stage(context.config)
+    else:
+        last = pit.final_stage(context.config) if name == "pit" else "rl_policy"
     return make(context, stage or last, temperature, size)
-
-
-def make_gains(context: pit.Context) -> Gains:
-    """Gaps and gains by R_PIT, or by the difference of R_P where the config has no R_PIT."""
-    e, score = context.encoder, pit.gap_scorer(context)
-
-    def gains(xs, ys, refs):
-        triples = [t for x, y, ref in zip(xs, ys, refs, strict=True) for t in ((x, y, ref), (x, ref, ref))]
-        gaps = score(triples, pairings=2)
-        # What both pairings begin with is read once.
-        prompt = e.pit_prompt if pit.gap_stage(context.config) == "r_pit" else lambda x, _: e.policy_prompt(x)
-        read = [len(prompt(x, ref)) + len(y) + len(ref) + 2 for x, y, ref in zip(xs, ys, refs, strict=True)]
-        return [(float(gap), float(gap - copy), n) for (gap, copy), n in zip(gaps, read, strict=True)]
-
-    return gains
 
 
 def without_thoughts(encoder: Encoder, ids: Sequence[int]) -> Ids:

@@ -13,7 +13,8 @@ import jax
 from pit_jax.data.answers import Answer, read_answers
 from pit_jax.data.sources import DataError
 from pit_jax.files import sync_directory
-from pit_jax.pipelines import improve, pit
+from pit_jax.pipelines import common, improve, pit
+from pit_jax.pipelines.common import Context
 from pit_jax.pipelines.improve import Improved, Row, StopRules
 
 
@@ -37,14 +38,14 @@ class Settings:
 class Improver:
     """Rows in, improved rows out, with the models of a workdir."""
 
-    def __init__(self, context: pit.Context, settings: Settings, size: int):
+    def __init__(self, context: Context, settings: Settings, size: int):
         self.context, self.settings, self.size = context, settings, size
         self._method = improve.make_method(context, settings.method, settings.temperature, size)
         self._first = None
         has_gaps = context.workdir.done(pit.gap_stage(context.config)) is not None
         if settings.rules.needs_gains and not has_gaps:
             raise ValueError(f"--stop=gap and --keep=best need R_PIT, but {context.workdir.root} has not finished it")
-        self._gains = improve.make_gains(context) if has_gaps else None
+        self._gains = pit.make_gains(context) if has_gaps else None
 
     def _first_answers(self, *arguments):
         if self._first is None:  # most files bring their answers
@@ -58,7 +59,7 @@ class Improver:
           DataError: where it is too long for the windows that the models were trained with; nothing is ever cut.
         """
         e, data = self.context.encoder, self.context.config.data
-        prompt = answer.prompt + pit.prompt_ending(self.context, answer.prompt)
+        prompt = answer.prompt + common.prompt_ending(self.context, answer.prompt)
         where = f"line {answer.number}" if answer.number else "here"
         size = len(e.tokenizer.encode(prompt))
         if size > data.prompt_window:

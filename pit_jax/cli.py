@@ -1,0 +1,42 @@
+"""What the commands share: where compiled programs are kept, and how a user's mistake ends."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from pit_jax.data.sources import DataError
+from pit_jax.learners.loop import NonFiniteError
+
+MISTAKES = (DataError, NonFiniteError, ValueError, ImportError, OSError)
+"""What a user can mend: a wrong value, a broken file, a missing extra."""
+
+
+def keep_programs(workdir: Path) -> None:
+    """Compiled programs stay in the workdir, or where JAX_COMPILATION_CACHE_DIR says."""
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(workdir.absolute() / "compilation_cache")
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@contextlib.contextmanager
+def one_line_errors(stopped: str = "") -> Iterator[None]:
+    """A mistake ends in one line on stderr and status 2 (--v=1 shows where it was raised); Ctrl-C in status 130.
+
+    Args:
+      stopped: printed at Ctrl-C: how to go on.
+    """
+    try:
+        yield
+    except MISTAKES as error:
+        if flags.FLAGS["v"].value > 0:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\nstopped{stopped and '; '}{stopped}", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,511 @@
+"""What PIT and SRT share: rows, M_pre, supervised stages, scores of reward models, samples."""
+
+import dataclasses
+import difflib
+import functools
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pit_jax import checkpoint, config as config_lib, optimizers, sampling, sharding, train_state
+from pit_jax.config import ModelConfig, SamplingConfig, SFTConfig
+from pit_jax.data import (
+    batches,
+    builders,
+    encode,
+    sources,
+    synthetic,
+    synthetic_text,
+    templates,
+    tokenizer as tokenizer_lib,
+)
+from pit_jax.files import read_json, write_text_atomic
+from pit_jax.learners import loop, reward_model, sft
+from pit_jax.metrics import MetricsWriter
+from pit_jax.models.transformer import ScalarModel, Transformer
+from pit_jax.pipelines.stages import FREE_FIELDS, Candidates, Workdir, run_stage
+from pit_jax.types import Params, PreferenceExample, Rollout
+
+REWARD_STAGES = ("r_p", "r_pit", "evaluator")
+
+COT_ARM = "arm_pit_sft_cot"
+"""M_PIT^SFT with a chain of thought, beside one without (Figure 5)."""
+
+SPLITS = ("sft", "rm", "rl", "selection", "test", "pretrain")
+
+
+@dataclasses.dataclass
+class Context:
+    """What every stage reads.
+
+    Attributes:
+      config: of the run.
+      workdir: where everything lies.
+      writer: of metrics; None where nothing is trained.
+      command: what the user typed to start the run, for messages.
+      rows: split -> rows that fit the windows; filled by the data stage.
+      encoder: text to ids; filled by the data stage.
+    """
+
+    config: Any
+    workdir: Workdir
+    writer: MetricsWriter | None
+    command: str = "python -m pit_jax.train --config=... --workdir=..."
+    rows: dict[str, list[PreferenceExample]] = dataclasses.field(default_factory=dict)
+    encoder: encode.Encoder | None = None
+
+
+def pretrained_models(config: Any) -> list[tuple[str, ModelConfig]]:
+    """(stage, sizes) of each M_pre: one per distinct size (appendix J allows other sizes for PIT and rewards)."""
+    found: dict[ModelConfig, str] = {}
+    for name, field in (("", "policy_model"), ("_pit", "pit_model"), ("_reward", "reward_model")):
+        if hasattr(config, field):
+            found.setdefault(getattr(config, field), f"pretrain{name}")
+    return [(stage, sizes) for sizes, stage in found.items()]
+
+
+def key_of(config: Any, purpose: str) -> jax.Array:
+    """A PRNG key per purpose, from the seed and a stable hash of the name."""
+    number = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:4], "big")
+    return jax.random.fold_in(jax.random.key(config.seed), number)
+
+
+def seed_of(config: Any, purpose: str) -> int:
+    """A NumPy seed per purpose."""
+    return int.from_bytes(hashlib.sha256(f"{config.seed}/{purpose}".encode()).digest()[:4], "big")
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+def data_stage(context: Context, words: Sequence[str] = ()) -> dict:
+    """Writes rows and tokenizer, drops rows over the windows, and reports what a surface cue would get.
+
+    Args:
+      context: of the run.
+      words: more text for the vocabulary.
+    """
+    config, root = context.config, context.workdir.root / "data"
+    shutil.rmtree(root, ignore_errors=True)  # of a start that was killed: the stage is not done
+    if config.data.source == "synthetic":
+        builders.write_synthetic(
+            root,
+            seed=config.seed,
+            size=config.data.size,
+            num_selection=config.data.num_selection,
+            num_test=config.data.num_test,
+            num_pretrain=config.data.num_pretrain,
+        )
+        counts: dict[str, int] = {}
+    else:
+        rows, counts = sources.read(config.data.path, config.data.format)
+        rest, selection, test = sources.split_off(rows, config.data.num_selection, config.data.num_test, config.seed)
+        folds = sources.folds(rest, config.seed)
+        splits = dict(zip(SPLITS, (*folds, selection, test, []), strict=True))
+        for name, split in splits.items():
+            lines = [json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in split]
+            write_text_atomic(root / f"{name}.jsonl", "".join(lines))
+    raw = read_rows(config, root)
+    if config.tokenizer.path:
+        tokenizer_lib.load(config.tokenizer.path)  # says what is wrong with the file
+        model = Path(config.tokenizer.path).read_bytes()
+    else:
+        # From the first fold alone (section 4.1's D_SFT): the others must stay unseen until their stage.
+        texts = [text for row in raw["sft"] for text in (row.prompt, row.rejected, row.chosen, row.reflection)]
+        texts += words
+        if config.data.source == "synthetic":
+            # Each word of the lexicon and of the templates whole, in its three cases.
+            texts += synthetic_text.word_forms(templates.literals(config.data.templates), *words)
+        model = tokenizer_lib.train(texts, config.tokenizer.vocab_size)
+    (root / "tokenizer.model").write_bytes(model)
+    encoder = encode.make_encoder(tokenizer_lib.load(root / "tokenizer.model"), config.data)
+    record: dict[str, Any] = {"steps": 0, "rows": {}, "over_length": {}, "skipped": counts}
+    for name, split in raw.items():
+        kept, dropped = encode.drop_over_length(split, encoder)
+        context.rows[name] = kept
+        record["rows"][name] = len(kept)
+        if dropped:
+            record["over_length"][name] = dropped
+    context.encoder = encoder
+    record["vocab_size"] = encoder.tokenizer.vocab_size
+    if config.data.source == "synthetic":
+        record["surface_baselines"] = synthetic.surface_baselines(raw["rm"] + raw["rl"], raw["sft"])
+    print(f"  rows {record['rows']}, over the windows and dropped: {record['over_length'] or 'none'}")
+    if counts:
+        print(f"  rows of the source that were left out: {counts}")
+    if "surface_baselines" in record:
+        shares = ", ".join(f"{k} {v:.3f}" for k, v in record["surface_baselines"].items())
+        print(f"  y_w told from y_l without the prompt: {shares}", flush=True)
+    empty = [name for name in ("sft", "rm", "rl", "selection", "test") if not record["rows"][name]]
+    if empty:
+        raise ValueError(f"no rows are left in {', '.join(empty)}: widen config.data.*_window or give more rows")
+    return record
+
+
+def read_rows(config: Any, root: Path, splits: Sequence[str] = SPLITS) -> dict[str, list[PreferenceExample]]:
+    """Splits that the data stage has written."""
+    if config.data.source == "synthetic":
+        return {name: builders.read(root, name) for name in splits}
+    read = lambda path: sources.read_jsonl(path)[0] if path.stat().st_size else []  # noqa: E731
+    return {name: read(root / f"{name}.jsonl") for name in splits}
+
+
+def load_encoder(context: Context) -> None:
+    """Fills `encoder` from a finished data stage."""
+    model = context.workdir.root / "data" / "tokenizer.model"
+    context.encoder = encode.make_encoder(tokenizer_lib.load(model), context.config.data)
+
+
+def prompt_ending(context: Context, prompt: str) -> str:
+    """What a prompt lacks at its end to look as those that the models learnt from: a blank line after dialogues."""
+    if context.config.data.source == "synthetic" or prompt.endswith("\n\n"):
+        return ""
+    with open(context.workdir.root / "data" / "sft.jsonl", encoding="utf-8") as file:
+        learnt = json.loads(next(file))["prompt"]
+    return "\n\n" if learnt.endswith("\n\n") else ""
+
+
+def load_data(context: Context, splits: Sequence[str] = SPLITS) -> None:
+    """Fills `rows` and `encoder` from a finished data stage."""
+    load_encoder(context)
+    raw = read_rows(context.config, context.workdir.root / "data", splits)
+    context.rows = {name: encode.drop_over_length(split, context.encoder)[0] for name, split in raw.items()}
+
+
+def selection_rows(context: Context, n: int) -> list[PreferenceExample]:
+    """The n selection rows that checkpoints of RL are measured on; from the first again where there are fewer."""
+    rows = context.rows["selection"]
+    return [rows[i % len(rows)] for i in range(n)]
+
+
+# ---------------------------------------------------------------------------------------------------------- likelihood
+
+
+def init_params(module: Transformer | ScalarModel, key: jax.Array) -> Params:
+    """Parameters born in their layout on the mesh."""
+    rows = sharding.mesh_shape().get("data", 1)
+    one = jnp.zeros((rows, 8), jnp.int32)
+    one = jax.device_put(one, module.rules.spec("batch", None))
+    method = Transformer.full_logits if isinstance(module, Transformer) else None
+    return jax.jit(lambda k: module.init(k, one, one, one, method=method))(key)
+
+
+def shapes(module: Transformer | ScalarModel) -> Params:
+    """Shapes and shardings of a module's parameters, for restoring them."""
+    return jax.eval_shape(lambda: init_params(module, jax.random.key(0)))
+
+
+def sized(config: ModelConfig, encoder: encode.Encoder) -> ModelConfig:
+    """The sizes with the vocabulary that the tokenizer really has, rounded up for the matrix units."""
+    return dataclasses.replace(config, vocab_size=batches.round_up(encoder.tokenizer.vocab_size, 128))
+
+
+def likelihood_stage(
+    context: Context,
+    stage: str,
+    sizes: ModelConfig,
+    settings: SFTConfig,
+    rows: Sequence[batches.Turns],
+    start: Callable[[], Params],
+    *,
+    loss_on_prompt: bool = False,
+    unlikely: Sequence[batches.Turns] = (),
+) -> dict:
+    """Trains a decoder on rows of (prompt ids, response ids) or more turns: the last parameters stay (appendix F)."""
+    rng = np.random.default_rng(seed_of(context.config, f"{stage}/order"))
+    order = rng.permutation(len(rows))
+    rows = [rows[i] for i in order]
+    over_length = 0
+    if settings.sequence_length and not unlikely:
+        fitting = [row for row in rows if batches.num_tokens(row) <= settings.sequence_length]
+        over_length, rows = len(rows) - len(fitting), fitting
+        if over_length:
+            print(f"  {over_length} of {len(order)} rows are longer than {settings.sequence_length} tokens and dropped")
+        arrays = batches.packed_rows(rows, settings.sequence_length, loss_on_prompt=loss_on_prompt)
+    else:
+        length = batches.round_up(max(batches.num_tokens(row) for row in (*rows, *unlikely)))
+        arrays = batches.token_rows(rows, length, loss_on_prompt=loss_on_prompt)
+    data = sft.SFTBatch(arrays)
+    if unlikely:  # the three rows of section 3.2 for each likely one, side by side
+        data = sft.SFTBatch(arrays, batches.token_rows([unlikely[i] for i in order], length))
+    num_sequences = len(arrays.tokens)
+    num_targets = batches.round_up(max(int(b.loss_mask.sum(1).max()) for b in data if b is not None), 16)
+    num_steps = settings.num_steps or max(1, round(settings.num_epochs * num_sequences / settings.batch_size))
+    model = Transformer(sized(sizes, context.encoder))
+    optimizer = optimizers.make_optimizer(settings.optimizer, num_steps)
+    train_step = sft.make_train_step(
+        model, optimizer, unlikelihood=settings.unlikelihood, num_targets=num_targets, chunk_size=settings.chunk_size,
+        accumulation=settings.accumulation,
+    )  # fmt: skip
+    state = loop.run(
+        train_state.create(start(), optimizer),
+        stage=stage,
+        num_steps=num_steps,
+        batch_at=batches.make_batch_at(data, settings.batch_size, seed_of(context.config, stage)),
+        train_step=train_step,
+        directory=context.workdir.checkpoints(stage),
+        writer=context.writer,
+        save_every=settings.save_every,
+    )
+    context.workdir.save_model(stage, state.params)
+    return {"steps": num_steps, "rows": len(rows), "sequences": num_sequences, "over_length": over_length}
+
+
+def pretraining_rows(context: Context) -> list[tuple[list[int], ...]]:
+    """M_pre's text: dialogues in which an answer is followed by its review, and some reviews by a better answer.
+
+    (x, y_w, c of y_w), or (x, y_l, c, y_w): the two forms of Self-Refine. A review stands directly behind the answer's
+    EOS, where a reward model reads its score. A row of preference data that has no reflection (real data) gives two
+    plain rows. Text of the world is good and bad: y_l is learnt too, where `pretrain.learn_rejected` says so, and then
+    M_P's mistakes are like those of y_l.
+    """
+    e, share = context.encoder, context.config.pretrain.refinement_share
+    examples = context.rows["pretrain"] or context.rows["sft"]
+    rows: list[tuple[list[int], ...]] = []
+    for i, row in enumerate(examples):
+        good, bad = e.response(row.chosen), e.response(row.rejected)
+        if not row.reflection:
+            rows += [(e.policy_prompt(row.prompt), y) for y in (good, bad)]
+        elif np.random.default_rng([seed_of(context.config, "pretrain/form"), i]).random() < share:
+            read = e.reflection_prompt(row.prompt, bad[:-1])
+            ask = e.refinement_prompt(row.prompt, bad[:-1], row.reflection)
+            review = e.response(row.reflection)
+            behind = len(read) + len(review)
+            if ask[:behind] != read + review:
+                raise ValueError("templates: refinement.txt must go on where reflection.txt, {feedback}<<End>> end")
+            if context.config.pretrain.learn_rejected:
+                if read != e.policy_prompt(row.prompt) + bad:
+                    raise ValueError("templates: reflection.txt must be policy.txt, {response}<<End>>")
+                read, review = e.policy_prompt(row.prompt), bad + review
+            rows.append((read, review, ask[behind:], good))
+        else:
+            all_met = synthetic.reflect(row.requirements, [True] * len(row.requirements))
+            rows.append((e.policy_prompt(row.prompt), good + e.response(all_met)))
+    return rows
+
+
+def pretrain_stage(context: Context, stage: str, sizes: ModelConfig) -> dict:
+    """M_pre from scratch."""
+    settings = context.config.pretrain.sft
+    model = Transformer(sized(sizes, context.encoder))
+    start = lambda: init_params(model, key_of(context.config, stage))  # noqa: E731
+    rows = pretraining_rows(context)
+    return likelihood_stage(context, stage, sizes, settings, rows, start, loss_on_prompt=settings.loss_on_prompt)
+
+
+def load_pretrained(context: Context, sizes: ModelConfig) -> Params:
+    """M_pre of a size: of this run's pretrain stage, or of config.pretrain.checkpoint."""
+    like = shapes(Transformer(sized(sizes, context.encoder)))
+    if context.config.pretrain.checkpoint:
+        path = Path(context.config.pretrain.checkpoint)
+        if checkpoint.latest_step(path) is None:
+            raise ValueError(f"config.pretrain.checkpoint={path} holds no checkpoint: name a models/pretrain")
+        return checkpoint.restore(path, checkpoint.latest_step(path), like)
+    stage = {sizes: stage for stage, sizes in pretrained_models(context.config)}[sizes]
+    return context.workdir.load_model(stage, like)
+
+
+def sft_policy_stage(context: Context, stage: str, settings: SFTConfig) -> dict:
+    """M_P^SFT: -sum log M_P(y_w | x)."""
+    e, config = context.encoder, context.config
+    rows = [(e.policy_prompt(r.prompt), e.response(r.chosen)) for r in context.rows["sft"]]
+    start = lambda: load_pretrained(context, config.policy_model)  # noqa: E731
+    return likelihood_stage(context, stage, config.policy_model, settings, rows, start)
+
+
+# --------------------------------------------------------------------------------------------- models, scores, samples
+
+
+def model_of(context: Context, stage: str) -> Transformer | ScalarModel:
+    """The module whose parameters a stage leaves behind."""
+    config, e = context.config, context.encoder
+    if stage in REWARD_STAGES:
+        return ScalarModel(sized(config.reward_model, e))
+    is_pit = stage in ("sft_pit", "arm_second_rl_only", COT_ARM) or stage.startswith("rl_pit")
+    return Transformer(sized(config.pit_model if is_pit else config.policy_model, e))
+
+
+def load_model(context: Context, stage: str) -> Params:
+    """The parameters of a finished stage."""
+    return context.workdir.load_model(stage, shapes(model_of(context, stage)))
+
+
+def policy_groups(encoder: encode.Encoder, rows: Sequence[PreferenceExample]) -> list[tuple[list[int], ...]]:
+    """R_P(x, y_w), R_P(x, y_l)."""
+    form = lambda x, y: encoder.policy_prompt(x) + encoder.response(y)  # noqa: E731
+    return [(form(r.prompt, r.chosen), form(r.prompt, r.rejected)) for r in rows]
+
+
+@functools.cache
+def _jitted_scores(model: ScalarModel):
+    return jax.jit(functools.partial(reward_model.group_scores, model))
+
+
+def score_groups(
+    model: ScalarModel, params: Params, groups: Sequence[Sequence[Sequence[int]]], batch_size: int = 64
+) -> np.ndarray:
+    """Scores [len(groups), C] of rows of ids, in batches of one shape."""
+    if not groups:
+        return np.zeros((0, 0), np.float32)
+    data = batches.score_rows(groups, 32)
+    batch_size = batches.round_up(batch_size, sharding.mesh_shape().get("data", 1))
+    out = []
+    for start in range(0, len(groups), batch_size):
+        rows = np.minimum(np.arange(start, start + batch_size), len(groups) - 1)
+        batch = sharding.shard_batch(jax.tree.map(lambda x: x[rows], data))  # noqa: B023
+        out.append(np.asarray(_jitted_scores(model)(params, batch)))
+    return np.concatenate(out)[: len(groups)]
+
+
+@functools.cache
+def jitted_generate(model: Transformer, settings: SamplingConfig, eos_id: int, stop: tuple[int, ...] = ()):
+    """`sampling.generate` as a compiled function of (params, prompts, key)."""
+    decode_model = Transformer(model.config, sharding.DECODE_RULES)
+
+    def run(params, prompts, key):
+        gathered = sharding.gather_weights(params, model.rules)
+        return sampling.generate(gathered, prompts, key, model=decode_model, config=settings, eos_id=eos_id, stop=stop)
+
+    return jax.jit(run)
+
+
+def sample(
+    model: Transformer,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    key: jax.Array,
+    *,
+    window: int,
+    settings: SamplingConfig,
+    eos_id: int,
+    batch_size: int = 128,
+) -> list[list[int]]:
+    """One response per prompt as ids without EOS, in batches of one shape."""
+    responses: list[list[int]] = []
+    for i, start in enumerate(range(0, len(prompts), batch_size)):
+        chunk = [prompts[min(j, len(prompts) - 1)] for j in range(start, start + batch_size)]
+        batch = sharding.shard_batch(batches.prompt_rows(chunk, batches.round_up(window)))
+        rollout = jitted_generate(model, settings, eos_id)(params, batch, jax.random.fold_in(key, i))
+        responses += response_ids(jax.device_get(rollout), eos_id)
+    return responses[: len(prompts)]
+
+
+def response_ids(rollout: Rollout, eos_id: int) -> list[list[int]]:
+    """Ids of the responses of a rollout on the host, without EOS."""
+    R = rollout.response_mask.shape[1]
+    rows = zip(rollout.tokens[:, -R:], rollout.response_mask, strict=True)
+    return [[int(t) for t, m in zip(tokens, mask, strict=True) if m and t != eos_id] for tokens, mask in rows]
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+class System(NamedTuple):
+    """A method as a row of stages.
+
+    Attributes:
+      stage_names: config -> all stages in order: the first is "data", the last "evaluate".
+      stage_functions: context -> every stage but the last, by name; a function returns the stage's record.
+      first_stage: field of the config -> the first stage that reads it; all other fields are read from the start.
+      check: raises ValueError where a later stage could not run, before the first one does.
+    """
+
+    stage_names: Callable[[Any], list[str]]
+    stage_functions: Callable[[Context], dict[str, Callable[[], dict]]]
+    first_stage: dict[str, str]
+    check: Callable[[Context], None] = lambda context: None
+
+
+def open_workdir(root: str | Path, command: str = Context.command) -> Context:
+    """Opens a workdir to use what it holds; its data are not read yet.
+
+    Raises:
+      ValueError: where it is no workdir, is of another version, or has no data.
+    """
+    path = Path(root) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"--workdir={root} has no config.json: name the workdir of a `python -m pit_jax.train`")
+    values = read_json(path)
+    try:
+        config = config_lib.from_config_dict(config_lib.class_of(values), values)
+    except ValueError as error:
+        raise ValueError(f"{path} is not of this version of pit_jax: {error}") from error
+    context = Context(config, Workdir.of(root), None, command)
+    require(context, ["data"])
+    load_encoder(context)
+    return context
+
+
+def require(context: Context, stages: Sequence[str]) -> None:
+    """Raises ValueError where a stage is not done."""
+    lacking = [stage for stage in stages if context.workdir.done(stage) is None]
+    if lacking:
+        root = context.workdir.root
+        raise ValueError(f"workdir {root} has not finished {', '.join(lacking)}: go on with `python -m pit_jax.train`")
+
+
+def run(
+    system: System,
+    config: Any,
+    root: str | Path,
+    evaluate: Callable[[Context], dict],
+    only: str | None = None,
+    command: str = Context.command,
+    redo: str | None = None,
+) -> Context:
+    """Runs all stages that are not done, or only the one named.
+
+    Args:
+      system: whose stages.
+      config: of the run.
+      root: the workdir.
+      evaluate: the last stage; evaluation lies to the right of pipelines, so it is handed in.
+      only: a stage name.
+      command: what the user typed, for messages.
+      redo: a stage name: what it and all later stages left is deleted first. Fields that only these read may then
+        differ from those that the workdir was made with.
+
+    Raises:
+      ValueError: for an unknown stage, or one whose earlier stages are not done.
+    """
+    names = system.stage_names(config)
+    for flag, name in (("stage", only), ("redo", redo)):
+        if name is not None and name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ValueError(f"--{flag}={name} is not a stage of this config: {', '.join(names)}.{hint}")
+    later = names[names.index(redo) :] if redo else []
+    free = [field for field, first in system.first_stage.items() if first in later or (later and first not in names)]
+    workdir = Workdir(root, config, (*FREE_FIELDS, *free))
+    if redo:
+        done = {path.stem for path in workdir.root.glob("stages/*.json")}
+        gone = done - set(names) if later != ["evaluate"] else set()  # arms, rounds that this config has not
+        for name in (*later, *sorted(gone)):
+            workdir.discard(name)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
+    with jax.set_mesh(mesh):
+        context = Context(config, workdir, MetricsWriter(workdir.root), command)
+        system.check(context)
+        evaluated = workdir.done("evaluate")
+        if evaluated and set(config.arms) - set(evaluated["arms"]):
+            workdir.forget("evaluate")  # an arm was added: the tables get its rows
+        functions = system.stage_functions(context) | {"evaluate": lambda: evaluate(context)}
+        for name in names if only is None else [only]:
+            lacking = [earlier for earlier in names[: names.index(name)] if workdir.done(earlier) is None]
+            if lacking:
+                raise ValueError(f"--stage={only} needs {', '.join(lacking)} first: run them, or all without --stage")
+            if name != "data" and context.encoder is None:
+                load_data(context)
+            run_stage(workdir, name, functions[name])
+            if name in REWARD_STAGES:
+                # Only now: a stage that was killed before its mark chooses again.
+                Candidates(workdir.candidates(name)).clear()
+        context.writer.close()
+    return context
