@@ -26,7 +26,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a finished `python -
 _INPUT = flags.DEFINE_string("input", None, "JSON lines to improve (.gz and .xz too).")
 _OUTPUT = flags.DEFINE_string("output", None, "JSON lines of what came of them.")
 _INTERACTIVE = flags.DEFINE_bool("interactive", False, "Ask for a prompt and an answer at a time.")
-_METHOD = flags.DEFINE_enum("method", "pit", list(improve.METHODS), "How an answer is improved.")
+_METHOD = flags.DEFINE_enum(
+    "method", None, list(improve.METHODS), "How an answer is improved; pit, or srt in its runs."
+)
 _ITERATIONS = flags.DEFINE_integer("iterations", 1, "K: at most so many new answers per row.")
 _STOP = flags.DEFINE_list(
     "stop", [], "Stop earlier: identical (to the answer before), gap (a gain by R_PIT that is small)."
@@ -40,7 +42,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of all samples.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Rows under way at a time.", lower_bound=1)
 
 
-def settings_of_flags(context: Context) -> improve_file.Settings:
+def settings_of_flags(context: Context, method: str) -> improve_file.Settings:
     """The flags as settings; the threshold of the gain is calibrated where it is asked for and not given.
 
     Raises:
@@ -54,7 +56,7 @@ def settings_of_flags(context: Context) -> improve_file.Settings:
         raise ValueError("--min_gain is for --stop=gap: add it, or leave --min_gain out")
     min_gain = _MIN_GAIN.value
     if "gap" in stops and min_gain is None:
-        min_gain = calibrated(context)
+        min_gain = calibrated(context, method)
     rules = StopRules(
         identical="identical" in stops,
         min_gain=min_gain,
@@ -63,12 +65,14 @@ def settings_of_flags(context: Context) -> improve_file.Settings:
         iterations=_ITERATIONS.value,
         keep=_KEEP.value,
     )
-    return improve_file.Settings(_METHOD.value, rules, _TEMPERATURE.value, _SEED.value)
+    return improve_file.Settings(method, rules, _TEMPERATURE.value, _SEED.value)
 
 
-def calibrated(context: Context) -> float:
+def calibrated(context: Context, method: str) -> float:
     """The threshold of the gain from the selection rows; their answers are made once and kept in the workdir."""
-    if _METHOD.value == "rerank":
+    if method == "srt":
+        raise ValueError("--stop=gap needs R_PIT, which a run of SRT has not")
+    if method == "rerank":
         raise ValueError("--stop=gap with --method=rerank needs --min_gain: its answers never become worse by R_P")
     needed = [pit.gap_stage(context.config), "rl_policy", "evaluator"]
     lacking = [stage for stage in needed if context.workdir.done(stage) is None]
@@ -78,7 +82,7 @@ def calibrated(context: Context) -> float:
     common.load_data(context, ("selection", "test"))
     options = evaluation.Options(num_iterations=_ITERATIONS.value)
     run = evaluation.Evaluation(evaluation.SYSTEM, context, options)
-    threshold = evaluation.calibrated_threshold(run, _METHOD.value, _TEMPERATURE.value)
+    threshold = evaluation.calibrated_threshold(run, method, _TEMPERATURE.value)
     print(f"--min_gain={threshold:.4f}", file=sys.stderr)
     return threshold
 
@@ -93,10 +97,10 @@ def main(argv: list[str]) -> None:
     with cli.one_line_errors(goes_on):
         if _INTERACTIVE.value == bool(_INPUT.value or _OUTPUT.value) or bool(_INPUT.value) != bool(_OUTPUT.value):
             raise ValueError("name --input=FILE and --output=FILE, or --interactive")
-        context = pit.open_finished(workdir, improve.METHODS[_METHOD.value])
+        context, method = improve.open_finished(workdir, _METHOD.value or "")
         with jax.set_mesh(sharding.make_mesh(context.config.mesh.data, context.config.mesh.model)):
             size = 1 if _INTERACTIVE.value else _BATCH_SIZE.value
-            improver = improve_file.Improver(context, settings_of_flags(context), size)
+            improver = improve_file.Improver(context, settings_of_flags(context, method), size)
             if _INTERACTIVE.value:
                 improve_file.interactive(improver)
             else:

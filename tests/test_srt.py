@@ -249,6 +249,30 @@ def test_every_stage_leaves_what_it_should(trained):
     assert "Win rates" in printed and (workdir / "report" / "index.html").exists()
 
 
+def test_improve_and_evaluate_know_the_run(trained, cache, tmp_path):
+    workdir, _ = trained
+    (tmp_path / "in.jsonl").write_text(
+        '{"prompt": "Write a slogan about chess.", "response": "Chess."}\n{"prompt": "x"}\n'
+    )
+    flags = f"--workdir={workdir}", f"--input={tmp_path / 'in.jsonl'}", f"--output={tmp_path / 'out.jsonl'}"
+    result = run("-m", "pit_jax.improve", *flags, "--iterations=2", cache=cache)
+    assert result.returncode == 0, result.stderr[-3000:]
+    first, second = read(tmp_path / "out.jsonl")
+    assert first["steps"][0] == {"response": "Chess.", "read": 0, "written": 0, "scored": 0}
+    assert len(first["steps"]) == len(second["steps"]) == 3 and second["steps"][0]["written"] > 0
+    for step in first["steps"][1:]:
+        assert step["feedback"].startswith("### Feedback") and step["read"] > 0
+    wrong = run("-m", "pit_jax.improve", *flags, "--method=pit", cache=cache)
+    assert wrong.returncode == 2 and "is a run of SRT, whose methods are srt" in wrong.stderr
+    result = run("-m", "pit_jax.evaluate", f"--workdir={workdir}", "--tables=all", "--iterations=2", cache=cache)
+    assert result.returncode == 0, result.stderr[-3000:]
+    results = json.loads((workdir / "results.json").read_text())
+    assert set(results["iterations"]) == {"srt_stage1", "srt_stage2"} and len(results["iterations"]["srt_stage1"]) == 3
+    assert "srt_stage1_vs_rerank" in results["comparisons"] and results["missing"]
+    unknown = run("-m", "pit_jax.evaluate", f"--workdir={workdir}", "--tables=ratings", cache=cache)
+    assert unknown.returncode == 2 and "--tables names 'ratings': use win_rates, self_scores" in unknown.stderr
+
+
 def test_a_second_start_does_nothing(trained, cache):
     workdir, _ = trained
     before = (workdir / "results.json").stat().st_mtime_ns

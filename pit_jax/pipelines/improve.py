@@ -11,11 +11,13 @@ read, each counted per row.
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
-from pit_jax.config import SamplingConfig
+from pit_jax.config import SamplingConfig, SrtConfig
 from pit_jax.data.encode import Encoder
 from pit_jax.pipelines import common, critics, pit, srt
 from pit_jax.pipelines.common import Context
@@ -26,8 +28,9 @@ METHODS = {
     "self_refine": ("rl_policy",),
     "self_refine_one_call": ("rl_policy",),
     "rerank": ("rl_policy", "r_p"),
+    "srt": ("final",),
 }
-"""Method -> the stages whose models it uses; "final" leaves M_PIT behind."""
+"""Method -> the stages whose models it uses; "final" leaves M_PIT behind, or in a run of SRT the last M_self."""
 
 KEEP = ("last", "best")
 
@@ -341,7 +344,7 @@ def srt_method(context: Context, stage: str, temperature: float, size: int) -> M
         for y, reply in zip(ys, model.criticize(xs, ys), strict=True):
             refinement = reply.feedback.refinement
             ids = e.response(refinement)[:-1][: e.response_window] if refinement else y
-            steps.append(Step(tuple(ids), reply.read, reply.written, parsed=bool(refinement)))
+            steps.append(Step(tuple(ids), reply.read, reply.written, parsed=bool(refinement), feedback=reply.raw))
         return steps
 
     return improve
@@ -370,6 +373,28 @@ def srt_rerank(context: Context, stage: str, temperature: float, size: int) -> M
         return [tried[best[i]][i]._replace(read=read, written=written) for i, (read, written) in enumerate(took)]
 
     return improve
+
+
+def open_finished(root: str | Path, method: str = "") -> tuple[Context, str]:
+    """A workdir to improve answers with, and the method: where none is named, that of the run's system.
+
+    Raises:
+      ValueError: where it is no workdir, is of the other system, or has not finished a stage that the method uses.
+    """
+    context = common.open_workdir(root)
+    is_srt = isinstance(context.config, SrtConfig)
+    method = method or ("srt" if is_srt else "pit")
+    if is_srt != (method == "srt"):
+        kind, known = ("SRT", ["srt"]) if is_srt else ("PIT", [name for name in METHODS if name != "srt"])
+        raise ValueError(f"--method={method}: {root} is a run of {kind}, whose methods are {', '.join(known)}")
+    common.require(context, stages(context.config, method))
+    return context, method
+
+
+def stages(config: Any, method: str) -> list[str]:
+    """The stages whose models a method uses."""
+    last = (srt if isinstance(config, SrtConfig) else pit).final_stage(config)
+    return [last if stage == "final" else stage for stage in METHODS[method]]
 
 
 def make_method(context: Context, name: str, temperature: float, size: int, stage: str = "") -> Method:

@@ -42,14 +42,16 @@ class Improver:
         self.context, self.settings, self.size = context, settings, size
         self._method = improve.make_method(context, settings.method, settings.temperature, size)
         self._first = None
-        has_gaps = context.workdir.done(pit.gap_stage(context.config)) is not None
+        self._is_srt = settings.method == "srt"
+        has_gaps = not self._is_srt and context.workdir.done(pit.gap_stage(context.config)) is not None
         if settings.rules.needs_gains and not has_gaps:
             raise ValueError(f"--stop=gap and --keep=best need R_PIT, but {context.workdir.root} has not finished it")
         self._gains = pit.make_gains(context) if has_gaps else None
 
     def _first_answers(self, *arguments):
         if self._first is None:  # most files bring their answers
-            self._first = improve.policy(self.context, "rl_policy", self.settings.temperature, self.size)
+            method, stage = ("srt_answer", "") if self._is_srt else ("policy", "rl_policy")
+            self._first = improve.make_method(self.context, method, self.settings.temperature, self.size, stage)
         return self._first(*arguments)
 
     def row(self, answer: Answer) -> Row:
@@ -65,7 +67,7 @@ class Improver:
         if size > data.prompt_window:
             raise DataError(f"{where}: the prompt has {size} tokens, but the models read {data.prompt_window}")
         if answer.response is None:
-            if self.context.workdir.done("rl_policy") is None:
+            if not self._is_srt and self.context.workdir.done("rl_policy") is None:
                 raise DataError(
                     f"{where}: there is no response, and the workdir has not finished rl_policy to write one"
                 )
@@ -92,6 +94,8 @@ class Improver:
             steps.append({"response": text, "read": step.read, "written": step.written, "scored": step.scored})
             if step.gap is not None:
                 steps[-1] |= {"gap": step.gap, "gain": step.gain}
+            if step.feedback:
+                steps[-1]["feedback"] = step.feedback
             if not step.parsed:
                 steps[-1]["parsed"] = False
         found = {"line": answer.number, "prompt": answer.prompt, "response": texts[improved.kept]}
@@ -163,8 +167,9 @@ def run(improver: Improver, source: Path, output: Path) -> list[dict]:
         raise ValueError(f"--output={output} is there already: name another, or delete it")
     if not output.parent.is_dir():
         raise ValueError(f"--output={output}: there is no folder {output.parent}")
-    stages = {pit.final_stage(context.config) if s == "final" else s for s in improve.METHODS[settings.method]}
-    more = {pit.gap_stage(context.config), "rl_policy"}  # which stop rows, and write first answers
+    stages = set(improve.stages(context.config, settings.method))
+    # What stops rows, and writes first answers; M_self does both itself.
+    more = set() if settings.method == "srt" else {pit.gap_stage(context.config), "rl_policy"}
     stages |= {stage for stage in more if context.workdir.done(stage) is not None}
     made_from = {
         "input": hashlib.sha256(source.read_bytes()).hexdigest() if source.is_file() else "",

@@ -27,6 +27,7 @@ class Step(NamedTuple):
       parsed: False where the feedback could not be used, so that the answer is the one before.
       gap: r_gap(x, y_k, y_{k-1}) by R_PIT; None for y_0, and where it was not asked for.
       gain: gap - r_gap(x, y_{k-1}, y_{k-1}): how much further than a copy. A copy has 0, whatever the offset of R_PIT.
+      feedback: the critique that it follows, where it is in words (SRT).
     """
 
     ids: Ids
@@ -36,6 +37,7 @@ class Step(NamedTuple):
     parsed: bool = True
     gap: float | None = None
     gain: float | None = None
+    feedback: str = ""
 
     @property
     def tokens(self) -> int:
