@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import socket
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -310,6 +311,7 @@ def _ask_all(
     except ImportError as error:
         raise ImportError(f"asking {config.model} needs openai: pip install -e '.[critic]' ({error})") from error
     api_key = _api_key(config)
+    _reach(config)
     replies: dict[str, Completion] = {}
     num_asked = num_sent = failed_in_a_row = 0
 
@@ -365,6 +367,17 @@ def _api_key(config: ClientConfig) -> str:
             f"the environment variable {config.api_key_env} holds characters that no API key has: set it again."
         )
     return key
+
+
+def _reach(config: ClientConfig) -> None:
+    """Raises ApiError where nothing listens at the address: then no retry helps, and none should be waited for."""
+    if any(os.environ.get(name) for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy")):
+        return  # the way to the server is the proxy's
+    url = urllib.parse.urlsplit(config.base_url)
+    try:
+        socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=10).close()
+    except OSError as error:
+        raise ApiError(f"no server can be reached at {config.base_url} ({error}): start it, or mend base_url") from None
 
 
 async def _ask(openai: Any, client: Any, config: ClientConfig, api_key: str, body: dict[str, Any]) -> Completion:

@@ -394,8 +394,9 @@ class SrtConfig:
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     policy_model: ModelConfig = ModelConfig()
+    base: str = ""  # M_base: a models/STAGE of another run; empty: pretrain and sft_policy make one
     pretrain: PretrainConfig = PretrainConfig()
-    sft_policy: SFTConfig = SFTConfig()  # M_base
+    sft_policy: SFTConfig = SFTConfig()
     critic: CriticConfig = CriticConfig()
     feedback_window: int = 512  # tokens of a critique with its headings, without the refinement
     critic_feedback: FeedbackConfig = FeedbackConfig()  # stage 1

@@ -6,6 +6,7 @@ Writes results.json, tables.txt, tables/*.csv and report/ into the workdir. Answ
 evaluation/, so a second start, or one that asks for more, makes only what is missing.
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from pit_jax import cli, client, sharding
 from pit_jax.config import PitConfig, SrtConfig
 from pit_jax.evaluation import benchmark_files, judges, llm_judge, pit, run, srt
 from pit_jax.evaluation.run import MoreJudges, Options, System
+from pit_jax.files import read_json
 from pit_jax.pipelines import common
 from pit_jax.pipelines.common import Context
 
@@ -115,6 +117,13 @@ def judges_of_flags(system: System, context: Context) -> MoreJudges:
     return lambda maker: [make(maker) for make in makers] + ([people] if people else [])
 
 
+def train_command(workdir: Path) -> str:
+    """What the run was trained by, as its last evaluation knew it."""
+    path = workdir / "results.json"
+    known = read_json(path).get("commands", {}).get("train") if path.is_file() else None
+    return known or f"python -m pit_jax.train --config=... --workdir={workdir}"
+
+
 def score_benchmark() -> None:
     """Prints the scores of a file."""
     with cli.one_line_errors():
@@ -132,11 +141,12 @@ def main(argv: list[str]) -> None:
     workdir = Path(_WORKDIR.value)
     cli.keep_programs(workdir)
     with cli.one_line_errors("the same command goes on with what is in evaluation/"):
-        command = f"python -m pit_jax.train --config=... --workdir={workdir}"
-        context = common.open_workdir(workdir, command)
+        context = common.open_workdir(workdir, train_command(workdir))
         system = SYSTEMS[type(context.config)]
         options = options_of_flags(system)
         options.check(system)
+        if _SHEET.value and "win_rates" not in options.tables:  # which has the answers of the sheets
+            options = dataclasses.replace(options, tables=("win_rates", *options.tables))
         common.require(context, system.needs(context.config))
         with jax.set_mesh(sharding.make_mesh(context.config.mesh.data, context.config.mesh.model)):
             common.load_data(context, ("selection", "test"))

@@ -22,7 +22,21 @@ def turn(role, content):
 def test_prompts_with_and_without_a_response(tmp_path):
     lines = {"prompt": "x", "response": "y", "id": 7}, {"prompt": "x"}, {"prompt": "x", "response": None}
     found = read(tmp_path, *lines, b"", {"prompt": "x", "response": ""})
-    assert found == [Answer(1, "x", "y"), Answer(2, "x"), Answer(3, "x"), Answer(5, "x", "")]
+    assert found == [Answer(1, "x", "y", id=7), Answer(2, "x"), Answer(3, "x"), Answer(5, "x")]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "x", "reponse": "y"}, "there is no field 'response', but 'reponse'"),
+        ({"prompt": "x", "answer": "y"}, "there is no field 'response', but 'answer'"),
+        ({"prompt": "x", "messages": [{"role": "user", "content": "z"}]}, "'messages' and 'prompt' are both there"),
+        ({"response": "x", "messages": [{"role": "user", "content": "z"}]}, "'messages' and 'response' are both there"),
+    ],
+)
+def test_an_answer_is_never_lost_in_silence(tmp_path, row, message):
+    (found,) = read(tmp_path, row)
+    assert message in found.error and not found.prompt
 
 
 def test_messages(tmp_path):

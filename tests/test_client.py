@@ -195,13 +195,24 @@ def test_a_wait_of_an_hour_is_a_failure():
 
 def test_a_server_that_is_gone_is_not_asked_for_ever(monkeypatch):
     monkeypatch.setattr(client, "GIVE_UP_AFTER", 5)
-    with serve(echo) as server:
+    with serve(lambda *_: Reply(kind="drop")) as server:
         config = ClientConfig(server.base_url, "m", num_retries=0, max_in_flight=2)
-    completions, usage = complete(config, numbers(40))  # nobody listens there any more
+        completions, usage = complete(config, numbers(40))
     errors = [c.error for c in completions]
     assert usage.failed == 40 and usage.calls == 0
-    assert errors[0] == f"{config.base_url}: Connection error. (ConnectError)"
+    assert errors[0].startswith(f"{config.base_url}: Connection error. (")
     assert sum("requests in a row had failed" in e for e in errors) in (34, 35)  # one was still in flight
+
+
+def test_a_server_that_is_not_there_is_said_at_once(tmp_path):
+    with serve(echo) as server:
+        config = ClientConfig(server.base_url, "m", num_retries=6, cache=str(tmp_path))
+        complete(config, numbers(2))
+    started = time.perf_counter()
+    with pytest.raises(ApiError, match=r"no server can be reached at http://127.0.0.1:\d+/v1 .*refused"):
+        complete(config, numbers(40))  # nobody listens there any more
+    assert time.perf_counter() - started < 5, "there are no retries to wait for"
+    assert complete(config, numbers(2))[1].cached == 2, "what is on disk needs no server"
 
 
 @pytest.mark.parametrize("body", ["<html>hello</html>", "{}", '{"choices": []}', '{"choices": [', "[1]", "null"])

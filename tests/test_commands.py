@@ -64,7 +64,7 @@ def test_every_line_gets_a_line_in_its_place(improved):
     assert "not JSON" in lines[2]["error"] and "line 3" in result.stderr
     assert "the response has" in lines[3]["error"] and "line 4" in result.stderr
     done = [line for line in lines if "error" not in line]
-    assert len(done) == 4 and result.stdout.startswith("4 of 6 rows improved; 2 could not be read")
+    assert len(done) == 4 and result.stdout.startswith("4 of 6 rows done; 2 could not be read")
     for line in done:
         assert line["stop"] == "iterations" and line["kept"] == 2 and len(line["steps"]) == 3
         assert line["response"] == line["steps"][2]["response"]
@@ -138,7 +138,7 @@ def test_progress_of_another_run_is_refused(improver, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         improve_file.run(improver(settings, 1), source, output)
     other = improve_file.Settings("pit", StopRules(iterations=2), 1.0, 3)
-    with pytest.raises(ValueError, match=r"of a run with other settings: delete it"):
+    with pytest.raises(ValueError, match=r"of a run with other settings.rules.iterations: take the same flags"):
         improve_file.run(improver(other, 1), source, output)
     write(source, {"prompt": PROMPT, "response": "Chess!"})
     with pytest.raises(ValueError, match=r"of a run with other input"):
@@ -448,8 +448,7 @@ def threshold_by_hand(gains, scores):
     """The highest threshold whose loss against the best one is within its standard error."""
     stop = lambda row, t: next((k for k, gain in enumerate(row) if gain <= t), len(row))  # noqa: E731
     reached = {
-        t: np.asarray([s[stop(row, t)] for row, s in zip(gains, scores, strict=True)])
-        for t in [gains.min() - 1, *gains.ravel()]
+        t: np.asarray([s[stop(row, t)] for row, s in zip(gains, scores, strict=True)]) for t in [0.0, *gains[gains > 0]]
     }
     best = reached[max(sorted(reached), key=lambda t: reached[t].mean())]
     error = lambda lost: lost.std(ddof=1) / len(lost) ** 0.5  # noqa: E731
@@ -535,8 +534,14 @@ def test_a_table_by_itself_uses_the_same_answers(evaluated, cache, tmp_path):
     workdir = tmp_path / "smoke"
     shutil.copytree(evaluated[0], workdir)
     answers = {path: path.read_bytes() for path in (workdir / "evaluation" / "answers").rglob("*.jsonl")}
+    before = json.loads((workdir / "results.json").read_text())
     result = evaluate(workdir, cache, "--tables=temperatures,ratings")
     assert result.returncode == 0, result.stderr[-3000:]
+    after = json.loads((workdir / "results.json").read_text())
+    for results in (before, after):
+        del results["stages"]["evaluate"], results["commands"]
+    assert after == before, "tables that are not asked for stay as they are"
+    assert (workdir / "tables" / "stop_rules.csv").exists() and len(list((workdir / "report").glob("*.svg"))) > 4
     assert {path: path.read_bytes() for path in (workdir / "evaluation" / "answers").rglob("*.jsonl")} == answers
 
 

@@ -164,7 +164,7 @@ def test_the_threshold_by_hand():
     rows = [better, worse] * 20
     scores = np.asarray([s for _, s in rows])
     threshold = improve.calibrate(chains(*[g for g, _ in rows]), scores)
-    assert threshold == -2.0, "a gain of -2 stops, one of 2 goes on"
+    assert threshold == 0.0, "a gain of -2 stops, one of 2 goes on"
     assert improve.calibrate(chains(*[g for g, _ in rows]), -scores) == 2.0, "gains that mislead: always stop"
     assert improve.calibrate(chains([3.0, 1.0]), np.zeros((1, 3))) == 3.0, "of equals the one that stops earliest"
     with pytest.raises(ValueError, match="no rows"):

@@ -15,7 +15,7 @@ from pit_jax.learners import loop, ppo, reward_model, sft
 from pit_jax.losses import policy_gradient
 from pit_jax.metrics import MetricsWriter
 from pit_jax.models.transformer import ScalarModel, Transformer
-from pit_jax.pipelines.pit import init_params
+from pit_jax.pipelines.common import init_params
 from pit_jax.types import PromptBatch, Rollout
 
 pytestmark = pytest.mark.usefixtures("one_device")

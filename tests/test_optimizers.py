@@ -8,7 +8,7 @@ import pytest
 from pit_jax import optimizers, sharding
 from pit_jax.config import ModelConfig, OptimizerConfig
 from pit_jax.models.transformer import Transformer
-from pit_jax.pipelines.pit import init_params
+from pit_jax.pipelines.common import init_params
 
 SIZES = ModelConfig(vocab_size=16, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=16)
 MODEL = Transformer(SIZES)

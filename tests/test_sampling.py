@@ -13,7 +13,7 @@ from pit_jax.config import ModelConfig, PPOConfig, SamplingConfig
 from pit_jax.data import batches
 from pit_jax.learners.ppo import response_log_probs
 from pit_jax.models.transformer import Transformer
-from pit_jax.pipelines.pit import init_params
+from pit_jax.pipelines.common import init_params
 from pit_jax.types import PromptBatch
 
 pytestmark = pytest.mark.usefixtures("one_device")

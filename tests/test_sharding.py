@@ -13,7 +13,7 @@ from pit_jax.config import ModelConfig, PPOConfig, SamplingConfig
 from pit_jax.data import batches
 from pit_jax.learners import ppo, reward_model, sft
 from pit_jax.models.transformer import ScalarModel, Transformer
-from pit_jax.pipelines.pit import init_params, shapes
+from pit_jax.pipelines.common import init_params, shapes
 from pit_jax.types import TokenBatch
 
 V, EOS, R = 32, 2, 5

@@ -273,6 +273,26 @@ def test_improve_and_evaluate_know_the_run(trained, cache, tmp_path):
     assert unknown.returncode == 2 and "--tables names 'ratings': use win_rates, self_scores" in unknown.stderr
 
 
+def test_a_base_of_another_run(trained, cache, tmp_path):
+    """The synthetic config from the M_base of the finished run: neither pretraining nor SFT."""
+    workdir, _ = trained
+    command = ("-m", "pit_jax.train", f"--config={CONFIG}", f"--workdir={tmp_path / 'run'}", "--stage=data")
+    result = run(*command, f"--config.base={workdir / 'models' / 'sft_policy'}", cache=cache)
+    assert result.returncode == 0, result.stderr[-3000:]
+    command = (*command[:-1], "--stage=sft_policy")
+    result = run(*command, f"--config.base={workdir / 'models' / 'sft_policy'}", cache=cache)
+    assert result.returncode == 0, result.stderr[-3000:]
+    digests = [read_digest(root) for root in (workdir, tmp_path / "run")]
+    assert digests[0] == digests[1] and not (tmp_path / "run" / "models" / "pretrain").exists()
+    result = run("-m", "pit_jax.train", "--config=configs/srt_tulu2.py:7b", f"--workdir={tmp_path / 'b'}", cache=cache)
+    assert result.returncode == 2 and "set --config.base=RUN/models/STAGE" in result.stderr
+
+
+def read_digest(root):
+    manifest = json.loads((root / "models" / "sft_policy" / "0" / "manifest.json").read_text())
+    return json.dumps(manifest, sort_keys=True)
+
+
 def test_a_second_start_does_nothing(trained, cache):
     workdir, _ = trained
     before = (workdir / "results.json").stat().st_mtime_ns

@@ -16,7 +16,7 @@ from pit_jax.config import ModelConfig
 from pit_jax.data import batches
 from pit_jax.learners import sft
 from pit_jax.models.transformer import ScalarModel, Transformer, init_cache, rotary
-from pit_jax.pipelines.pit import init_params, shapes
+from pit_jax.pipelines.common import init_params, shapes
 from pit_jax.types import PromptBatch
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -350,9 +350,13 @@ def config_files():
         get_config = runpy.run_path(str(path))["get_config"]
         parameters = inspect.signature(get_config).parameters
         variants = {parameters["variant"].default, "smoke"} if parameters else {None}
+        variants = {"7b", "13b", "70b"} if path.stem == "srt_tulu2" else variants
         for variant in sorted(variants, key=str):
             made_config = get_config() if variant is None else get_config(variant)
-            yield f"{path.stem}:{variant or ''}", config_lib.from_config_dict(config_lib.PitConfig, made_config)
+            yield (
+                f"{path.stem}:{variant or ''}",
+                config_lib.from_config_dict(config_lib.class_of(made_config), made_config),
+            )
 
 
 def matrices(c: ModelConfig) -> int:
@@ -365,7 +369,8 @@ def matrices(c: ModelConfig) -> int:
 @pytest.mark.parametrize(("name", "config"), list(config_files()), ids=lambda x: x if isinstance(x, str) else "")
 def test_every_model_of_the_configs(name, config):
     """Shapes only: nothing is allocated, so a model of any size is checked."""
-    for c in {config.policy_model, config.pit_model, config.reward_model}:
+    models = (getattr(config, field, None) for field in ("policy_model", "pit_model", "reward_model"))
+    for c in {c for c in models if c is not None}:
         model, scalar = Transformer(c), ScalarModel(c)
         params = shapes(model)
         unembedding = 0 if c.tie_embeddings else c.vocab_size * c.d_model
@@ -374,5 +379,8 @@ def test_every_model_of_the_configs(name, config):
         row = jax.device_put(jnp.zeros((1, 8), jnp.int32), sharding.RULES.spec("batch", None))
         logits = jax.eval_shape(lambda p, m=model, r=row: m.apply(p, r, r, r, method=Transformer.full_logits), params)
         assert logits.shape == (1, 8, c.vocab_size) and logits.dtype == jnp.float32
-    if name == "pit_7b:":
-        assert count(shapes(Transformer(config.policy_model))) == 6_738_415_616  # of LLaMA 7B, the same sizes
+    # As published for LLaMA 7B, and for Llama 2 of 7B, 13B and 70B.
+    published = {"pit_7b:": 6_738_415_616, "srt_tulu2:7b": 6_738_415_616, "srt_tulu2:13b": 13_015_864_320}
+    published |= {"srt_tulu2:70b": 68_976_648_192}
+    if name in published:
+        assert count(shapes(Transformer(config.policy_model))) == published[name]

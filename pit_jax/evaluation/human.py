@@ -129,6 +129,12 @@ def read_verdicts(key: Mapping, exports: Mapping[str, Mapping]) -> Annotations:
     return Annotations(tuple(names), outcome, mask)
 
 
+def same_annotator(first: Mapping, second: Mapping) -> bool:
+    """Whether two saved files are of one person."""
+    name = lambda export: unicodedata.normalize("NFKC", str(export.get("annotator"))).casefold()  # noqa: E731
+    return name(first) == name(second)
+
+
 def agreed(annotations: Annotations, num_annotators: int = 2) -> Verdicts:
     """A win only where all annotators of a pair agree, else a tie (appendix I).
 

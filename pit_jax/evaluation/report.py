@@ -170,6 +170,8 @@ def _subtitle(results: Mapping) -> str:
     ns = {s["n"] for judges in results.get("comparisons", {}).values() for s in judges.values() if s.get("n")}
     if ns:
         parts.append(f"{max(ns):,} test prompts")
+    if results.get("temperature") is not None:
+        parts.append(f"sampled at temperature {results['temperature']:g}")
     seconds = sum(stage.get("seconds") or 0.0 for stage in results.get("stages", {}).values())
     if seconds:
         parts.append(

@@ -6,6 +6,7 @@ functions of these files alone.
 
 import dataclasses
 import functools
+import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -169,7 +170,10 @@ def write(run: Evaluation, command: str = "") -> None:
       command: what the user typed, for the report.
     """
     started, context = time.perf_counter(), run.context
-    results: dict[str, Any] = {"name": context.config.name, "seed": context.config.seed}
+    models = {name: context.workdir.model_digest(name) for name in _model_stages(run)}
+    earlier = _earlier(context.workdir.root, models)
+    results: dict[str, Any] = {"name": context.config.name, "seed": context.config.seed, "models": models}
+    results["temperature"] = context.config.evaluation.temperature
     for table, make in run.system.tables.items():
         if table in run.options.tables:
             print(f"  {table}", flush=True)
@@ -180,20 +184,56 @@ def write(run: Evaluation, command: str = "") -> None:
     results |= {"judge_costs": found} if (found := judge_costs(run)) else {}
     results["commands"] = {"train": context.command} | ({"evaluate": command} if command else {})
     results["stages"] = _stage_records(run) | {"evaluate": {"steps": 0, "seconds": time.perf_counter() - started}}
-    root, samples = context.workdir.root, sample_lines(run)
+    results = earlier | results | {key: earlier[key] | results.get(key, {}) for key in MERGED if key in earlier}
+    root = context.workdir.root
+    samples = _with_earlier(sample_lines(run), root / "samples" / "test.jsonl" if earlier else None)
     write_text_atomic(root / "samples" / "test.jsonl", "".join(f"{store.line(sample)}\n" for sample in samples))
     write_json_atomic(root / "results.json", results)
     write_text_atomic(root / "tables.txt", tables.render(results) + "\n")
-    shutil.rmtree(root / "tables", ignore_errors=True)  # of tables that are not asked for any more
+    shutil.rmtree(root / "tables", ignore_errors=True)  # of tables of other models
     tables.write_csv(results, root / "tables")
     _write_report(context, results, samples)
     _print_samples(run)
 
 
+MERGED = ("comparisons", "answers", "costs", "missing")
+"""Parts of results.json that several tables share: a table that is made again replaces its own lines of them."""
+
+
+def _model_stages(run: Evaluation) -> list[str]:
+    names, workdir = run.system.stages(run.context.config), run.context.workdir
+    return [name for name in names if (workdir.root / "models" / name).is_dir() and workdir.done(name) is not None]
+
+
+def _earlier(root: Path, models: dict[str, str]) -> dict[str, Any]:
+    """Tables of the same models that were made before: those that are not asked for now stay as they are."""
+    path = root / "results.json"
+    found = read_json(path) if path.exists() else {}
+    had = found.get("models", {"": ""})  # an earlier version did not say
+    # An arm that was trained since then adds to the tables and changes none.
+    return found if all(models.get(name) == digest for name, digest in had.items()) else {}
+
+
+def _with_earlier(lines: list[dict], path: Path | None) -> list[dict]:
+    """The samples, with answers and verdicts of tables that are not asked for now."""
+    if path is None or not path.exists():
+        return lines
+    before = {line["prompt"]: line for line in map(json.loads, path.read_text("utf-8").split("\n")[:-1])}
+    for line in lines:
+        old = before.get(line["prompt"], {})
+        for key in ("answers", "chains", "met"):
+            if key in line or key in old:
+                line[key] = old.get(key, {}) | line.get(key, {})
+        for key in ("scores", "verdicts"):
+            both = old.get(key, {}), line[key]
+            line[key] = {judge: both[0].get(judge, {}) | both[1].get(judge, {}) for judge in {**both[0], **both[1]}}
+    return lines
+
+
 def _write_report(context: Context, results: dict, samples: list[dict]) -> None:
     """report/index.html and report/*.svg; without figures where matplotlib is not installed."""
     folder = context.workdir.root / "report"
-    shutil.rmtree(folder, ignore_errors=True)  # figures of tables that are not asked for any more
+    shutil.rmtree(folder, ignore_errors=True)  # figures of other models
     try:
         drawn = figures.draw(results)
     except ImportError as error:
@@ -265,10 +305,16 @@ def add_verdicts(root: Path, exports: Sequence[str | Path]) -> None:
                 f"--verdicts={export} is of none of the sheets of this workdir ({', '.join(keys) or 'none'})"
             )
         for name in names:
-            others = {path.name: read_json(path) for path in (folder / name).glob("*.json")}
-            kept = f"{store.digest(content)}.json"  # annotators' names do not become names of files
-            human.read_verdicts(keys[name], others | {kept: content})
-            write_json_atomic(folder / name / kept, content)
+            human.read_verdicts(keys[name], {str(export): content})
+            others = {path: read_json(path) for path in (folder / name).glob("*.json")}
+            same = [path for path, other in others.items() if human.same_annotator(other, content)]
+            for path in same:  # who sends a sheet again takes the first one back
+                path.unlink()
+            # Annotators' names do not become names of files.
+            write_json_atomic(folder / name / f"{store.digest(content)}.json", content)
+            print(
+                f"  {name}: verdicts of {1 + len(others) - len(same)} annotators; two must agree on a win", flush=True
+            )
 
 
 def answer_statistics(run: Evaluation, name: str) -> dict:

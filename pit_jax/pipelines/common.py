@@ -489,10 +489,10 @@ def run(
         gone = done - set(names) if later != ["evaluate"] else set()  # arms, rounds that this config has not
         for name in (*later, *sorted(gone)):
             workdir.discard(name)
+    context = Context(config, workdir, MetricsWriter(workdir.root), command)
+    system.check(context)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
     with jax.set_mesh(mesh):
-        context = Context(config, workdir, MetricsWriter(workdir.root), command)
-        system.check(context)
         evaluated = workdir.done("evaluate")
         if evaluated and set(config.arms) - set(evaluated["arms"]):
             workdir.forget("evaluate")  # an arm was added: the tables get its rows

@@ -113,8 +113,8 @@ def calibrate(chains: Sequence[Sequence[Step]], scores: np.ndarray) -> float:
     """The threshold of the gain at which rows stop (appendix J leaves the condition open).
 
     The highest, which stops earliest, of those whose mean score is not more than a standard error of the difference
-    below the best one: scores of few rows cannot tell them apart. The thresholds looked at are those that tell rows
-    apart: one below all gains, and one at each.
+    below the best one: scores of few rows cannot tell them apart. The thresholds looked at are 0 and each gain above
+    it: a copy, whose gain is 0, always stops its row.
 
     Args:
       chains: y_0 .. y_K of each row, with gains.
@@ -127,7 +127,7 @@ def calibrate(chains: Sequence[Sequence[Step]], scores: np.ndarray) -> float:
         raise ValueError("there are no rows to calibrate the threshold on")
     gains = np.asarray([[step.gain for step in steps[1:]] for steps in chains])
     K = gains.shape[1]
-    thresholds = np.concatenate([[gains.min() - 1.0], np.unique(gains)])
+    thresholds = np.concatenate([[0.0], np.unique(gains[gains > 0])])
 
     def reached(threshold):
         below = gains <= threshold

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 
+from pit_jax import config as config_lib
 from pit_jax.data.answers import Answer, read_answers
 from pit_jax.data.sources import DataError
 from pit_jax.files import sync_directory
@@ -98,7 +99,8 @@ class Improver:
                 steps[-1]["feedback"] = step.feedback
             if not step.parsed:
                 steps[-1]["parsed"] = False
-        found = {"line": answer.number, "prompt": answer.prompt, "response": texts[improved.kept]}
+        found = {"line": answer.number} | ({} if answer.id is None else {"id": answer.id})
+        found |= {"prompt": answer.prompt, "response": texts[improved.kept]}
         found |= {"kept": improved.kept, "stop": improved.stop, "steps": steps}
         return found | {"tokens": sum(step.tokens for step in improved.steps)}
 
@@ -118,10 +120,12 @@ class Progress:
             complete = self.path.read_bytes()
             complete = complete[: complete.rfind(b"\n") + 1]  # a line that was cut short is done again
             header, *lines = [*map(json.loads, complete.decode("utf-8").split("\n")[:-1])] or [made_from]
-            differing = [name for name in made_from if header.get(name) != made_from[name]]
+            differing = config_lib.differing_fields(made_from, header, "")
             if differing:
+                fields = ", ".join(line.partition(":")[0].lstrip(".") for line in differing)
                 raise ValueError(
-                    f"{self.path} is of a run with other {', '.join(differing)}: delete it, or name another --output"
+                    f"{self.path} is of a run with other {fields}: take the same flags, delete it, or name another "
+                    "--output"
                 )
             self.lines = {line["line"]: line for line in lines}
             with open(self.path, "r+b") as file:
@@ -164,7 +168,8 @@ def run(improver: Improver, source: Path, output: Path) -> list[dict]:
     """
     context, settings = improver.context, improver.settings
     if output.exists():
-        raise ValueError(f"--output={output} is there already: name another, or delete it")
+        remedy = "it is the --input, name another" if output.samefile(source) else "name another, or delete it"
+        raise ValueError(f"--output={output} is there already: {remedy}")
     if not output.parent.is_dir():
         raise ValueError(f"--output={output}: there is no folder {output.parent}")
     stages = set(improve.stages(context.config, settings.method))
@@ -204,7 +209,7 @@ def run(improver: Improver, source: Path, output: Path) -> list[dict]:
 def summary(lines: list[dict]) -> str:
     """What happened, in a few words."""
     done = [line for line in lines if "error" not in line]
-    text = [f"{len(done)} of {len(lines)} rows improved"]
+    text = [f"{len(done)} of {len(lines)} rows done"]
     if len(done) < len(lines):
         text.append(f"{len(lines) - len(done)} could not be read or are too long (see above)")
     if done:
@@ -212,6 +217,9 @@ def summary(lines: list[dict]) -> str:
         text.append("stopped by " + ", ".join(f"{reason} {n}" for reason, n in sorted(reasons.items())))
         changed = sum(line["response"] != line["steps"][0]["response"] for line in done)
         text.append(f"{changed} got another answer")
+        first = sum(bool(line["steps"][0]["written"]) for line in done)
+        if first:
+            text.append(f"of {first} the model wrote the first answer too")
         text.append(f"{sum(line['tokens'] for line in done) / len(done):.0f} tokens per row")
     return "; ".join(text) + "."
 
@@ -234,7 +242,7 @@ def interactive(improver: Improver) -> None:
         try:
             row = improver.row(answer)
         except DataError as error:
-            print(f"  {error}")
+            print(f"  {str(error).partition(': ')[2]}")  # there are no lines here
             continue
         (done,) = improver(iter([row]))
         line = improver.line(answer, done)

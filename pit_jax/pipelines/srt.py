@@ -2,7 +2,7 @@
 
 data               rows, three folds, tokenizer                                          section 4.1
 pretrain           M_pre, where no checkpoint is named
-sft_policy         M_base from M_pre on x -> y_w; the paper starts from a tuned model
+sft_policy         M_base from M_pre on x -> y_w, or read from config.base: the paper's is Tulu 2
 critic_feedback    M_base answers the second fold, the critic writes feedback            section 3.1.1
 srt                stage 1: M_self from M_base on x -> (y, f, r)                         section 3.1.2, Equation 1
 self_feedback_1    M_self answers the third fold, criticises, refines and scores         section 3.2
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pit_jax import optimizers, train_state
+from pit_jax import checkpoint, optimizers, train_state
 from pit_jax.config import FeedbackConfig, SamplingConfig, SrtConfig
 from pit_jax.data import feedback as feedback_lib, pairs, synthetic_critic
 from pit_jax.data.feedback import PARTS, Feedback, Form
@@ -33,6 +33,7 @@ from pit_jax.pipelines.samples import Sampler
 from pit_jax.types import PreferenceExample
 
 FIRST_STAGE = {
+    "base": "sft_policy",
     "sft_policy": "sft_policy",
     "critic": "critic_feedback",
     "critic_feedback": "critic_feedback",
@@ -55,7 +56,7 @@ SEQUENCE_CAUSES = (
 
 def stage_names(config: SrtConfig) -> list[str]:
     """All stages of a config in order."""
-    pretrain = [] if config.pretrain.checkpoint else ["pretrain"]
+    pretrain = [] if config.base or config.pretrain.checkpoint else ["pretrain"]
     rounds = [name for i in range(1, config.num_rounds + 1) for name in (f"self_feedback_{i}", f"dpo_{i}")]
     arms = [f"arm_{arm}" for arm in config.arms]
     return ["data", *pretrain, "sft_policy", "critic_feedback", "srt", *rounds, *arms, "evaluate"]
@@ -253,6 +254,31 @@ def data_stage(context: Context) -> dict:
     return common.data_stage(context, words)
 
 
+def base_stage(context: Context) -> dict:
+    """M_base: trained here, or read from a checkpoint."""
+    config = context.config
+    if not config.base:
+        return common.sft_policy_stage(context, "sft_policy", config.sft_policy)
+    like = common.shapes(common.model_of(context, "sft_policy"))
+    context.workdir.save_model("sft_policy", checkpoint.restore(*_checkpoint(config.base), like))
+    return {"steps": 0, "from": config.base}
+
+
+def _checkpoint(base: str) -> tuple[Path, int]:
+    """Folder and step of config.base.
+
+    Raises:
+      ValueError: where there is none.
+    """
+    step = checkpoint.latest_step(Path(base))
+    if step is None:
+        raise ValueError(
+            f"config.base={base!r} holds no checkpoint of pit_jax: set --config.base=RUN/models/STAGE. Checkpoints of "
+            "Hugging Face cannot be read yet."
+        )
+    return Path(base), step
+
+
 def chosen_prompts(context: Context, fold: str, settings: FeedbackConfig, part: int = 0, parts: int = 1) -> list[int]:
     """Numbers of the rows of a fold that are asked about; `parts` of them share the fold."""
     rows = range(len(context.rows[fold]))[part::parts]
@@ -401,8 +427,10 @@ def dpo_stage(context: Context, number: int) -> dict:
 
 
 def check(context: Context) -> None:
-    """What must hold before anything is trained: the critic answers, and a replaced template can be read."""
+    """What must hold before anything is trained: M_base is there, the critic answers, its template can be read."""
     config = context.config
+    if config.base and context.workdir.done("sft_policy") is None:
+        _checkpoint(config.base)
     if config.critic.kind == "server":
         feedback_lib.load_template("critic", config.data.templates)
         if context.workdir.done("critic_feedback") is None:
@@ -415,7 +443,7 @@ def stage_functions(context: Context) -> dict[str, Callable[[], dict]]:
     functions: dict[str, Callable[[], dict]] = {
         "data": lambda: data_stage(context),
         "pretrain": lambda: common.pretrain_stage(context, "pretrain", config.policy_model),
-        "sft_policy": lambda: common.sft_policy_stage(context, "sft_policy", config.sft_policy),
+        "sft_policy": lambda: base_stage(context),
         "critic_feedback": lambda: critic_feedback_stage(context),
         "srt": lambda: srt_stage(context, "srt", config.without),
     }

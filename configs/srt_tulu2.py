@@ -1,0 +1,54 @@
+"""SRT with the paper's values (section 4.1) on Tulu 2: what the synthetic config departs from.
+
+    python -m pit_jax.train --config=configs/srt_tulu2.py:7b --config.data.path=FILE --config.base=CHECKPOINT \\
+        --config.tokenizer.path=tokenizer.model --config.critic.base_url=https://api.openai.com/v1 \\
+        --config.critic.model=MODEL --workdir=runs/srt7b
+
+25,000 instructions for stage 1 and 75,000 others for stage 2; responses at temperature 0.7, critiques and refinements
+greedy; stage 1: 5 epochs at 1e-5; stage 2: DPO with beta 0.01, one epoch at 5e-7; batches of 32, cosine with 10% of
+warm-up, sequences of 8,192 tokens. What the paper leaves open is the default of `pit_jax.config`: ties are kept in
+stage 1 and dropped in stage 2, ref_policy is the model of stage 1. Not trained by us: it needs M_base in this package's
+format and a TPU slice.
+"""
+
+import ml_collections
+
+from pit_jax import config as c
+
+SIZES = {
+    "7b": dict(num_layers=32, d_model=4096, num_heads=32, num_kv_heads=32, mlp_dim=11_008),
+    "13b": dict(num_layers=40, d_model=5120, num_heads=40, num_kv_heads=40, mlp_dim=13_824),
+    "70b": dict(num_layers=80, d_model=8192, num_heads=64, num_kv_heads=8, mlp_dim=28_672),
+}
+"""Of Llama 2, which Tulu 2 was trained from."""
+
+
+def get_config(variant: str = "7b") -> ml_collections.ConfigDict:
+    """`variant`: 7b, 13b or 70b."""
+    if variant not in SIZES:
+        raise ValueError(f"configs/srt_tulu2.py has no variant {variant!r}: use :7b, :13b or :70b")
+    decayed = lambda rate: c.OptimizerConfig(learning_rate=rate, schedule="cosine", warmup_fraction=0.1)  # noqa: E731
+    config = c.SrtConfig(
+        name=f"srt_tulu2:{variant}",
+        mesh=c.MeshConfig(data=0, model={"7b": 4, "13b": 8, "70b": 16}[variant]),
+        data=c.DataConfig(
+            source="file",
+            path="set --config.data.path=FILE",
+            prompt_window=2048,
+            response_window=2048,
+            reflection_window=2048,
+        ),
+        policy_model=c.ModelConfig(
+            vocab_size=32_000, head_dim=128, tie_embeddings=False, dtype="bfloat16", remat="full", **SIZES[variant]
+        ),
+        base="set --config.base=CHECKPOINT",
+        critic=c.CriticConfig(
+            kind="server", base_url="https://api.openai.com/v1", model="set --config.critic.model=NAME"
+        ),
+        feedback_window=2048,
+        critic_feedback=c.FeedbackConfig(num_prompts=25_000, temperature=0.7),
+        srt=c.SFTConfig(optimizer=decayed(1e-5), batch_size=32, num_epochs=5.0, sequence_length=8192, chunk_size=512),
+        self_feedback=c.FeedbackConfig(num_prompts=75_000, temperature=0.7, keep_ties=False),
+        dpo=c.DPOConfig(optimizer=decayed(5e-7), beta=0.01, batch_size=32, num_epochs=1.0),
+    )
+    return c.to_config_dict(config)
