@@ -257,12 +257,15 @@ class SelfCritic:
         return self._read(self._score, prompts, responses)
 
     def _read(self, sampler: Sampler, prompts, responses) -> list[Reply]:
-        ids = [self.form.feedback_prompt(x, y) for x, y in zip(prompts, responses, strict=True)]
-        steps = sampler(ids, jax.random.key(0), np.zeros((len(ids), 2), np.uint32))  # greedy: there is no noise
-        replies = []
-        for step in steps:
+        encode = lambda y: self._encoder.tokenizer.encode(y) if isinstance(y, str) else list(y)  # noqa: E731
+        ids = [encode(y) for y in responses]
+        fits = [i for i, y in enumerate(ids) if len(y) <= self._encoder.response_window]
+        replies = [Reply(error="the response is longer than the window")] * len(ids)
+        asked = [self.form.feedback_prompt(prompts[i], ids[i]) for i in fits]
+        steps = sampler(asked, jax.random.key(0), np.zeros((len(asked), 2), np.uint32))  # greedy: there is no noise
+        for i, step in zip(fits, steps, strict=True):
             raw = self.form.feedback_begins_text.lstrip() + self._encoder.text(step.ids)
-            replies.append(Reply(feedback_lib.parse(raw), raw, read=step.read, written=step.written))
+            replies[i] = Reply(feedback_lib.parse(raw), raw, read=step.read, written=step.written)
         return replies
 
 
