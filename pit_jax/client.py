@@ -15,6 +15,7 @@ import json
 import os
 import socket
 import urllib.parse
+import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -371,7 +372,7 @@ def _api_key(config: ClientConfig) -> str:
 
 def _reach(config: ClientConfig) -> None:
     """Raises ApiError where nothing listens at the address: then no retry helps, and none should be waited for."""
-    if any(os.environ.get(name) for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy")):
+    if urllib.request.getproxies().keys() & {"http", "https", "all"}:
         return  # the way to the server is the proxy's
     url = urllib.parse.urlsplit(config.base_url)
     try:

@@ -359,6 +359,7 @@ class FeedbackConfig:
         _positive(self, "num_critiques")
         _check(self.num_prompts >= 0, f"num_prompts={self.num_prompts}: not below 0")
         _check(self.temperature >= 0, f"temperature={self.temperature}: not below 0")
+        _check(self.min_margin >= 0, f"min_margin={self.min_margin}: not below 0")
 
 
 SRT_ARMS = (
@@ -403,7 +404,7 @@ class SrtConfig:
     srt: SFTConfig = SFTConfig(
         optimizer=OptimizerConfig(learning_rate=1e-5, schedule="cosine", warmup_fraction=0.1), num_epochs=5.0
     )
-    without: str = ""  # of the sequence: score, suggestions, weaknesses, feedback, all_but_refinement (Table 6)
+    without: str = ""  # of the sequence: score, suggestions, weaknesses, feedback (Table 6)
     learn: tuple[str, ...] = ("response", "weaknesses", "suggestions", "score", "refinement")  # parts with loss
     self_feedback: FeedbackConfig = FeedbackConfig(keep_ties=False)  # stage 2
     dpo: DPOConfig = DPOConfig()
@@ -417,11 +418,11 @@ class SrtConfig:
             _check(part in parts, f"learn names {part!r}: use {', '.join(parts)}")
         _check("refinement" in self.learn, "learn must name refinement: nothing else ends a sequence")
         _check(self.num_rounds >= 0, f"num_rounds={self.num_rounds}: not below 0")
-        known = ("", "score", "suggestions", "weaknesses", "feedback", "all_but_refinement")
+        known = ("", "score", "suggestions", "weaknesses", "feedback")  # all_but_refinement is an arm: it refines not
         _check(self.without in known, f"without is {self.without!r}: use {', '.join(known[1:])}, or leave it empty")
         _check(
-            not self.num_rounds or self.without in ("", "suggestions", "weaknesses"),
-            f"without={self.without}: such a model gives no score, which stage 2 needs: set num_rounds to 0",
+            not self.num_rounds or not self.without,
+            f"without={self.without}: stage 2 needs whole critiques of the model: set num_rounds to 0",
         )
         _check(self.data.source == "synthetic" or self.critic.kind != "verifier", NO_VERIFIER)
         for arm in self.arms:

@@ -87,10 +87,11 @@ def parse(text: str) -> Feedback:
     Returns:
       The parts that were found.
     """
-    before, end, after = text.rpartition("</think>")
-    if not end and text.lstrip().startswith("<think>"):
-        return Feedback()  # cut off while it was thinking
-    text = after.replace("\r\n", "\n")
+    if text.lstrip().startswith("<think>"):
+        _, end, text = text.partition("</think>")
+        if not end:
+            return Feedback()  # cut off while it was thinking
+    text = text.replace("\r\n", "\n")
     headings = []  # (part, start of its line, start of what it heads, whether it has hashes)
     at = 0
     for line in text.split("\n"):
@@ -110,7 +111,8 @@ def parse(text: str) -> Feedback:
     # The refinement is behind the score; one heading with hashes wins over others, such as a step that is named first.
     scored = [i for i, heading in enumerate(headings) if heading[0] == "score"]
     ends = [i for i, heading in enumerate(headings) if heading[0] == "refinement" and (not scored or i > scored[0])]
-    last = next((i for i in ends if headings[i][3]), ends[0] if ends else len(headings))
+    empty = lambda i: i + 1 < len(headings) and not text[headings[i][2] : headings[i + 1][1]].strip()  # noqa: E731
+    last = next((i for i in ends if headings[i][3] or not empty(i)), ends[0] if ends else len(headings))
     found: dict[str, str | float | None] = {}
     for i, (part, _, start, _) in enumerate(headings[:last]):
         stop = headings[i + 1][1] if i + 1 < len(headings) else len(text)

@@ -138,7 +138,9 @@ def headlines(results: Mapping) -> list[Headline]:
         details = (f"stage 1: of failing answers {_short(refined.get('fixed'))} fixed",)
         found.append(Headline(value, "meet every requirement, M_base → SRT", details))
     if results.get("srt", {}).get("parse_rate") is not None:
-        found.append(Headline(_short(results["srt"]["parse_rate"]), "of critiques on the test prompts are whole", ()))
+        found.append(
+            Headline(_short(results["srt"]["parse_rate"]), "of critiques on the test prompts end in a refinement", ())
+        )
     original, improved = answers.get("original", {}), answers.get("pit", {})
     if original.get("all_met") is not None and improved.get("all_met") is not None:
         value = f"{_short(original['all_met'])} → {_short(improved['all_met'])}"

@@ -114,8 +114,8 @@ class Evaluation:
         self.selection = Maker(context, "selection", context.rows["selection"])
         self.judges = self._own_judges(options.judges, self.maker)
         self.judges += more_judges(self.maker) if more_judges else []
-        if not self.judges_of_all:
-            raise ValueError(f"no judge is left of --judges={','.join(options.judges)}: the data have no requirements")
+        if not self.judges_of_all:  # the verifier alone was named, and the data have no requirements
+            self.judges.insert(0, self.truth)
         self.details: dict[str, list[dict]] = {}
         self.num_iterations = options.num_iterations or context.config.evaluation.num_iterations
 
@@ -171,9 +171,10 @@ def write(run: Evaluation, command: str = "") -> None:
     """
     started, context = time.perf_counter(), run.context
     models = {name: context.workdir.model_digest(name) for name in _model_stages(run)}
-    earlier = _earlier(context.workdir.root, models)
+    settings = store.digest([dataclasses.asdict(context.config.evaluation), context.encoder.digest])
+    earlier = _earlier(context.workdir.root, models, settings)
     results: dict[str, Any] = {"name": context.config.name, "seed": context.config.seed, "models": models}
-    results["temperature"] = context.config.evaluation.temperature
+    results |= {"temperature": context.config.evaluation.temperature, "settings": settings}
     for table, make in run.system.tables.items():
         if table in run.options.tables:
             print(f"  {table}", flush=True)
@@ -185,6 +186,8 @@ def write(run: Evaluation, command: str = "") -> None:
     results["commands"] = {"train": context.command} | ({"evaluate": command} if command else {})
     results["stages"] = _stage_records(run) | {"evaluate": {"steps": 0, "seconds": time.perf_counter() - started}}
     results = earlier | results | {key: earlier[key] | results.get(key, {}) for key in MERGED if key in earlier}
+    there = results.get("comparisons", {})
+    results["missing"] = {name: how for name, how in results.get("missing", {}).items() if name not in there}
     root = context.workdir.root
     samples = _with_earlier(sample_lines(run), root / "samples" / "test.jsonl" if earlier else None)
     write_text_atomic(root / "samples" / "test.jsonl", "".join(f"{store.line(sample)}\n" for sample in samples))
@@ -205,13 +208,14 @@ def _model_stages(run: Evaluation) -> list[str]:
     return [name for name in names if (workdir.root / "models" / name).is_dir() and workdir.done(name) is not None]
 
 
-def _earlier(root: Path, models: dict[str, str]) -> dict[str, Any]:
-    """Tables of the same models that were made before: those that are not asked for now stay as they are."""
+def _earlier(root: Path, models: dict[str, str], settings: str) -> dict[str, Any]:
+    """Tables of the same models and settings that were made before: those that are not asked for now stay."""
     path = root / "results.json"
     found = read_json(path) if path.exists() else {}
     had = found.get("models", {"": ""})  # an earlier version did not say
     # An arm that was trained since then adds to the tables and changes none.
-    return found if all(models.get(name) == digest for name, digest in had.items()) else {}
+    same = found.get("settings") == settings and all(models.get(name) == digest for name, digest in had.items())
+    return found if same else {}
 
 
 def _with_earlier(lines: list[dict], path: Path | None) -> list[dict]:

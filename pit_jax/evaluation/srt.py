@@ -18,7 +18,7 @@ STAGES = {"stage1": lambda config: "srt", "stage2": srt.final_stage}
 
 def evaluate(context: Context) -> dict:
     """The last stage: the tables of the run's own judges; the numbers are in results.json."""
-    write(Evaluation(SYSTEM, context, Options(tables=("win_rates", "self_scores", "arms"), judges=("verifier",))))
+    write(Evaluation(SYSTEM, context, Options(("win_rates", "self_scores", "arms"), SYSTEM.usual_judges)))
     return {"steps": 0, "arms": list(context.config.arms)}
 
 
@@ -113,7 +113,8 @@ def self_scores(run: Evaluation) -> dict:
         chosen, rejected = (judge.scores(run.maker[side]) for side in ("chosen", "rejected"))
         scored = [judge.scores(run.maker[made]) for made in (f"answer{number}", f"srt_{name}")]
         found[name] = {
-            "agreement": agreement.accuracy(chosen, rejected),  # a tie is an error, as in the paper
+            # A tie is an error, as in the paper, and so is a pair of which a score is missing.
+            "agreement": agreement.accuracy(np.where(rejected > 0, chosen, 0.0), np.where(chosen > 0, rejected, 1.0)),
             "ties": float(np.mean(chosen == rejected)),
             "no_score": int(sum(np.sum(x == 0) for x in (chosen, rejected, *scored))),
             "histograms": {
@@ -184,7 +185,7 @@ def arms(run: Evaluation) -> dict:
             found["missing"][f"{arm}_vs_base"] = f"{context.command} --config.arms={arm}"
             continue
         if arm == "all_but_refinement":
-            made = run.maker.make(Plan(arm, "policy", f"arm_{arm}"))
+            made = run.maker.make(Plan(arm, "policy", f"arm_{arm}", temperature=0.0))  # refinements are greedy too
         else:
             run.maker.make(Plan(f"answer_{arm}", "srt_answer", f"arm_{arm}"))
             made = run.maker.make(Plan(arm, "srt", f"arm_{arm}", f"answer_{arm}"))

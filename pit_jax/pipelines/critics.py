@@ -31,6 +31,9 @@ ATTEMPTS = 2
 seed; beside the client's own retries."""
 
 
+OVER_WINDOW = "the response is longer than the window of the critic"
+
+
 class Request(NamedTuple):
     """What a critic is asked about.
 
@@ -140,7 +143,8 @@ def server_critic(config: CriticConfig, template: str, cache: Path) -> Critic:
             for i, said in zip(todo, completions, strict=True):
                 read = replies[i].read + said.prompt_tokens
                 written = replies[i].written + said.completion_tokens
-                replies[i] = _server_reply(said, whole)._replace(read=read, written=written)
+                reply = replies[i] if attempt and said.text is None and replies[i].raw else _server_reply(said, whole)
+                replies[i] = reply._replace(read=read, written=written)
             todo = [i for i in todo if _incomplete(replies[i], whole)]
             if not todo:
                 break
@@ -178,13 +182,18 @@ def check_server(config: CriticConfig) -> None:
     Raises:
       ValueError: where it does not answer, with the remedy.
     """
-    settings = dataclasses.replace(client_config(config, Path()), cache="", max_tokens=16, num_retries=1)
-    (said,), _ = client.complete(settings, [[{"role": "user", "content": "Say yes."}]], description="critic")
-    if said.text is None:
-        raise ValueError(
-            f"the critic's server {config.base_url} gives no answer ({said.error}): start it, or set "
-            "--config.critic.base_url"
-        )
+    # As a score is asked for, and as a critique is asked for again: fields that a server refuses are known now.
+    for asked in (client_config(config, Path(), whole=False), client_config(config, Path(), seed=1)):
+        settings = dataclasses.replace(asked, cache="", num_retries=1)
+        try:
+            (said,), _ = client.complete(settings, [[{"role": "user", "content": "Say yes."}]], description="critic")
+        except client.ApiError as error:
+            raise ValueError(f"the critic: {error} (--config.critic.base_url, --config.critic.model)") from None
+        if said.text is None:
+            raise ValueError(
+                f"the critic's server {config.base_url} gives no answer ({said.error}): start it, or set "
+                "--config.critic.base_url"
+            )
 
 
 def _server_reply(said: client.Completion, whole: bool) -> Reply:
@@ -260,12 +269,15 @@ class SelfCritic:
         encode = lambda y: self._encoder.tokenizer.encode(y) if isinstance(y, str) else list(y)  # noqa: E731
         ids = [encode(y) for y in responses]
         fits = [i for i, y in enumerate(ids) if len(y) <= self._encoder.response_window]
-        replies = [Reply(error="the response is longer than the window")] * len(ids)
+        replies = [Reply(error=OVER_WINDOW)] * len(ids)
         asked = [self.form.feedback_prompt(prompts[i], ids[i]) for i in fits]
         steps = sampler(asked, jax.random.key(0), np.zeros((len(asked), 2), np.uint32))  # greedy: there is no noise
         for i, step in zip(fits, steps, strict=True):
             raw = self.form.feedback_begins_text.lstrip() + self._encoder.text(step.ids)
-            replies[i] = Reply(feedback_lib.parse(raw), raw, read=step.read, written=step.written)
+            found = feedback_lib.parse(raw)
+            if step.written == len(step.ids) and not sampler.stops:  # no EOS: what was cut off is no refinement
+                found = dataclasses.replace(found, refinement=None)
+            replies[i] = Reply(found, raw, read=step.read, written=step.written)
         return replies
 
 

@@ -92,6 +92,11 @@ class Sampler:
             ]
         return steps[: len(prompts)]
 
+    @property
+    def stops(self) -> bool:
+        """Whether ids beside EOS end an answer."""
+        return bool(self._stop)
+
     def _without_stop(self, ids: Sequence[int]) -> Ids:
         ids, n = tuple(ids), len(self._stop)
         return ids[:-n] if n and ids[-n:] == self._stop else ids

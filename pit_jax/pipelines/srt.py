@@ -47,12 +47,6 @@ FIRST_STAGE = {
 }
 """Field of the config -> the first stage that reads it; all other fields are read from the start."""
 
-SEQUENCE_CAUSES = (
-    "no reply", "no weaknesses", "no suggestions", "no score", "no refinement", "refinement not scored",
-    "score not higher", "gap not higher", "over the windows",
-)  # fmt: skip
-"""Why a record is not used, in the order in which it is asked."""
-
 
 def stage_names(config: SrtConfig) -> list[str]:
     """All stages of a config in order."""
@@ -160,7 +154,8 @@ def make_records(
             read[i], written[i] = read[i] + reply.read, written[i] + reply.written
             if k == 0 or (score is not None and score > max(earlier, default=-np.inf)):
                 best[i], raw_scores[i] = newest[i], reply.raw or reply.error
-                rising.append(i)
+                if score is not None and (scores[i][0] is None or k or score > scores[i][0]):
+                    rising.append(i)
             scores[i].append(score)
         active = rising
     records = []
@@ -172,7 +167,11 @@ def make_records(
             refinement_score=max(later, default=None), scores=tuple(scores[i]), raw=reply.raw or reply.error,
             raw_score=raw_scores[i], critic=critic.name, read=read[i], written=written[i],
         )  # fmt: skip
-        cause = reply.error and "no reply"
+        cause = ""
+        if critics.OVER_WINDOW in (reply.error, record.raw_score):
+            cause = "over the windows"
+        elif reply.error:
+            cause = "no reply"
         records.append(dataclasses.replace(record, dropped=cause or why_dropped(record, settings)))
     return records
 
@@ -298,6 +297,13 @@ def critic_feedback_stage(context: Context) -> dict:
     steps = sampler([e.policy_prompt(row.prompt) for row in rows], common.key_of(config, stage), draws)
     critic = make_critic(context)
     records = make_records(rows, numbers, [e.text(step.ids) for step in steps], critic, settings)
+    lost = sum(record.dropped == "no reply" or record.raw_score.startswith("no reply") for record in records)
+    if lost:
+        write_records(context, stage, records)
+        raise ValueError(
+            f"{stage}: the critic gave no reply to {lost} of {len(records)} records, see "
+            f"{records_path(context, stage)}. The same command asks for these again, and for nothing that is on disk."
+        )
     return _finish_feedback(context, stage, records, settings)
 
 
@@ -323,9 +329,10 @@ def _finish_feedback(context: Context, stage: str, records: list[Record], settin
         and size(r.weaknesses) + size(r.suggestions) < context.config.feedback_window
     )
     records = [r if r.dropped or fits(r) else dataclasses.replace(r, dropped="over the windows") for r in records]
+    write_records(context, stage, records)
     if settings.gap_workdir:
         records = drop_by_gap(records, settings)
-    write_records(context, stage, records)
+        write_records(context, stage, records)
     summary = feedback_summary(records)
     print(f"  records: {', '.join(f'{n} {cause}' for cause, n in summary['causes'].items())}", flush=True)
     _show_record(records)
@@ -356,13 +363,23 @@ def make_critic(context: Context) -> Critic:
     if config.critic.kind == "server":
         template = feedback_lib.load_template("critic", config.data.templates)
         return critics.server_critic(config.critic, template, context.workdir.root / "feedback" / "calls")
-    other = common.open_workdir(config.critic.workdir)
-    if not isinstance(other.config, SrtConfig):
-        raise ValueError(f"critic.workdir={config.critic.workdir} is not a run of SRT")
-    stage = final_stage(other.config)
-    common.require(other, [stage])
+    other, stage = open_srt(config.critic.workdir)
     model = make_self_critic(other, stage, 0.0, config.evaluation.batch_size)
     return critics.self_critic(model, f"{stage} {other.workdir.model_digest(stage)}")
+
+
+def open_srt(workdir: str) -> tuple[Context, str]:
+    """A finished run of SRT, and its last stage.
+
+    Raises:
+      ValueError: where it is none.
+    """
+    context = common.open_workdir(workdir)
+    if not isinstance(context.config, SrtConfig):
+        raise ValueError(f"{workdir} is not a run of SRT")
+    stage = final_stage(context.config)
+    common.require(context, [stage])
+    return context, stage
 
 
 def srt_stage(context: Context, stage: str, without: str = "", share: float = 1.0) -> dict:
@@ -431,10 +448,16 @@ def check(context: Context) -> None:
     config = context.config
     if config.base and context.workdir.done("sft_policy") is None:
         _checkpoint(config.base)
+    for settings in (config.critic_feedback, config.self_feedback):
+        if settings.gap_workdir:
+            pit.open_finished(settings.gap_workdir, ["r_pit"])
+    if context.workdir.done("critic_feedback") is not None:
+        return
+    if config.critic.kind == "workdir":
+        open_srt(config.critic.workdir)
     if config.critic.kind == "server":
         feedback_lib.load_template("critic", config.data.templates)
-        if context.workdir.done("critic_feedback") is None:
-            critics.check_server(config.critic)
+        critics.check_server(config.critic)
 
 
 def stage_functions(context: Context) -> dict[str, Callable[[], dict]]:
