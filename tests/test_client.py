@@ -408,7 +408,8 @@ def test_torn_and_broken_lines(tmp_path):
 
 
 CALL = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job that a shell puts into the background ignores it
 from pit_jax.client import ClientConfig, complete
 url, cache, first, last = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 requests = [[{"role": "user", "content": f"q{i}"}] for i in range(first, last)]
