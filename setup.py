@@ -37,6 +37,7 @@ EXTRAS = {
     "parity": ["torch>=2.9,<3", "transformers[serving]>=5.20,<6"],
     "test": [
         "pytest>=8,<10",
+        "pytest-xdist>=3.6,<4",
         "hypothesis>=6.100,<7",
         "ruff>=0.17.5,<0.18",
         "scikit-learn>=1.5,<2",

@@ -2,6 +2,10 @@
 
 python -m pit_jax.train --config=configs/srt_synthetic.py --workdir=runs/srt
 python -m pit_jax.train --config=configs/srt_synthetic.py:smoke --workdir=runs/srt_smoke
+
+The first takes 18 to 19 minutes on 2 CPU cores with huge pages. Seed 0, 640 test prompts, by the verifier: stage 1 vs.
+M_base +6.9 [+3.4, +10.5], stage 2 vs. stage 1 +2.7 [-0.3, +5.6], stage 2 vs. M_base +10.0 [+6.6, +13.6]; all critiques
+of test prompts end in a refinement. The second takes less than a minute and learns nothing.
 """
 
 import dataclasses
@@ -39,10 +43,10 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         ),
         sft_policy=sft(optimizer=decayed(5e-4), num_epochs=0.125),
         feedback_window=72,
-        critic_feedback=c.FeedbackConfig(num_prompts=16_000),
-        srt=sft(optimizer=decayed(2e-3, "muon"), num_epochs=1.0),
-        self_feedback=c.FeedbackConfig(num_prompts=8_000, keep_ties=False),
-        dpo=c.DPOConfig(optimizer=decayed(2e-5, warmup=0.1), beta=0.1, batch_size=32),
+        critic_feedback=c.FeedbackConfig(temperature=1.0),
+        srt=sft(optimizer=decayed(5e-3, "muon"), num_epochs=2.0),
+        self_feedback=c.FeedbackConfig(num_prompts=8_000, temperature=1.0, keep_ties=False),
+        dpo=c.DPOConfig(optimizer=decayed(2e-4, warmup=0.1), beta=0.1, batch_size=32),
         evaluation=c.SrtEvaluationConfig(num_prompts=640, batch_size=128),
     )
     if variant == "smoke":

@@ -1,14 +1,18 @@
 """SRT with the paper's values (section 4.1) on Tulu 2: what the synthetic config departs from.
 
     python -m pit_jax.train --config=configs/srt_tulu2.py:7b --config.data.path=FILE --config.base=CHECKPOINT \\
-        --config.tokenizer.path=tokenizer.model --config.critic.base_url=https://api.openai.com/v1 \\
-        --config.critic.model=MODEL --workdir=runs/srt7b
+        --config.critic.base_url=https://api.openai.com/v1 --config.critic.model=MODEL --workdir=runs/srt7b
+
+FILE holds a JSON object per line, {"prompt": ...}; answers are not needed, as M_base writes them. A quarter of the
+instructions is for stage 1, the rest for stage 2: 100,000 and the test rows are the paper's number. CHECKPOINT is the
+RUN/models/STAGE of another run, whose tokenizer is then taken too.
 
 25,000 instructions for stage 1 and 75,000 others for stage 2; responses at temperature 0.7, critiques and refinements
 greedy; stage 1: 5 epochs at 1e-5; stage 2: DPO with beta 0.01, one epoch at 5e-7; batches of 32, cosine with 10% of
-warm-up, sequences of 8,192 tokens. What the paper leaves open is the default of `pit_jax.config`: ties are kept in
-stage 1 and dropped in stage 2, ref_policy is the model of stage 1. Not trained by us: it needs M_base in this package's
-format and a TPU slice.
+warm-up, sequences of 8,192 tokens. Rows are packed into these, so that a batch holds more than 32 of them; whether the
+paper packs is not stated. What it leaves open is the default of `pit_jax.config`: ties are kept in stage 1 and dropped
+in stage 2, ref_policy is the model of stage 1. Not trained by us: it needs M_base in this package's format and a TPU
+slice.
 """
 
 import ml_collections

@@ -2,7 +2,8 @@
 # Runs ruff and the tests: bash launch/test.sh [--parity] [arguments of pytest]
 #
 # Installs into .venv at the first start; with --parity also torch and transformers, without which the tests that need
-# them are skipped. Paths in arguments count from the repository root.
+# them are skipped. Without arguments of pytest two processes share the files of tests.
+# Paths in arguments count from the repository root.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
@@ -13,6 +14,7 @@ if [ "${1:-}" = --parity ]; then
   shift
 fi
 install "$extra"
+[ $# -gt 0 ] || set -- --numprocesses 2 --dist loadfile
 cd "$ROOT"
 status=0
 "$VENV/bin/python" -m ruff check . || {

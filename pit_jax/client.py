@@ -26,7 +26,13 @@ Messages = Sequence[Mapping[str, str]]
 """A chat: {"role": "system", "user" or "assistant", "content": text} in order."""
 
 RETRIED_STATUS = (408, 409, 429)
-"""With 5xx, the refusals that may pass; every other status means that no request can succeed as it is."""
+"""With 5xx, the refusals that may pass."""
+
+REFUSED_REQUEST = (400, 413, 422)
+"""The status of a request that the server does not take as it is, such as one that its content policy blocks."""
+
+NUM_REFUSED = 8
+"""Where so many are refused and none is answered, it is the settings that the server refuses."""
 
 GIVE_UP_AFTER = 64
 """Requests in a row that failed after all their retries: then the server is gone, and the rest is not asked."""
@@ -34,6 +40,10 @@ GIVE_UP_AFTER = 64
 
 class ApiError(ValueError):
     """The server refuses the request for a reason that does not pass: key, model, address or settings."""
+
+
+class _RefusedRequest(ApiError):
+    """The reason may lie in the request alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +166,9 @@ def complete(
 
     Raises:
       ValueError: where a request is no chat, or the cache has a line that is not JSON.
-      ApiError: where the server refuses a request for a reason that does not pass (status 401, 404, 400 and the like).
-        Nothing more is asked; calls that had finished are in the cache.
+      ApiError: where the server refuses a request for a reason that does not pass (status 401, 404 and the like), or
+        refuses all with status 400, 413 or 422, which it may give to single requests too: these have failed. Nothing
+        more is asked; calls that had finished are in the cache.
       ImportError: where openai is not installed and the cache does not hold all replies.
     """
     bodies = [_body(config, messages, i) for i, messages in enumerate(requests)]
@@ -169,7 +180,7 @@ def complete(
     todo = {key: body for key, body in distinct.items() if key not in kept}
     retries = 0
     if todo:
-        replies, retries = _ask_all(config, todo, path, description or config.model)
+        replies, retries = _ask_all(config, todo, path, description or config.model, bool(kept))
         found |= replies
     completions = found.values()
     cached = [c for c in completions if c.cached]
@@ -303,9 +314,9 @@ def _repair(file: BinaryIO) -> None:
 
 
 def _ask_all(
-    config: ClientConfig, todo: dict[str, dict[str, Any]], path: Path | None, description: str
+    config: ClientConfig, todo: dict[str, dict[str, Any]], path: Path | None, description: str, answered: bool
 ) -> tuple[dict[str, Completion], int]:
-    """Replies by key, and the number of retries."""
+    """Replies by key, and the number of retries; `answered`: requests have been answered before (the cache)."""
     try:
         import openai
         from anyio.from_thread import start_blocking_portal  # anyio is a requirement of openai
@@ -314,6 +325,7 @@ def _ask_all(
     api_key = _api_key(config)
     _reach(config)
     replies: dict[str, Completion] = {}
+    refused: list[ApiError] = []
     num_asked = num_sent = failed_in_a_row = 0
 
     async def count(_):
@@ -321,13 +333,20 @@ def _ask_all(
         num_sent += 1
 
     async def work(client, queue, bar):
-        nonlocal num_asked, failed_in_a_row
+        nonlocal num_asked, failed_in_a_row, answered
         for key, body in queue:
             if failed_in_a_row >= GIVE_UP_AFTER:
                 replies[key] = Completion(None, f"not asked, as {failed_in_a_row} requests in a row had failed")
                 continue
             num_asked += 1
-            reply = await _ask(openai, client, config, api_key, body)
+            try:
+                reply = await _ask(openai, client, config, api_key, body)
+            except _RefusedRequest as error:
+                refused.append(error)
+                if not answered and len(refused) >= min(NUM_REFUSED, len(todo)):
+                    raise
+                reply = Completion(None, str(error))
+            answered = answered or reply.text is not None
             failed_in_a_row = 0 if reply.text is not None else failed_in_a_row + 1
             if path and reply.text is not None:
                 _append(path, key, _server(config), body, reply)
@@ -358,6 +377,8 @@ def _ask_all(
             num_kept = sum(reply.text is not None for reply in replies.values())
             raise ApiError(f"{error} {num_kept} finished calls are kept in {path}.") from None
         raise error from None
+    if refused and not answered:
+        raise refused[0]
     return replies, num_sent - num_asked
 
 
@@ -393,7 +414,8 @@ async def _ask(openai: Any, client: Any, config: ClientConfig, api_key: str, bod
         passes = error.status_code in RETRIED_STATUS or error.status_code >= 500
         if not passes or error.code == "insufficient_quota":  # a 429 that no wait ends: the account is empty
             remedy = _remedy(config, error.status_code, api_key, body)
-            raise ApiError(f"{config.base_url} refuses model {config.model!r} with {message}. {remedy}") from None
+            kind = _RefusedRequest if error.status_code in REFUSED_REQUEST else ApiError
+            raise kind(f"{config.base_url} refuses model {config.model!r} with {message}. {remedy}") from None
         return Completion(None, message)
     except openai.APIConnectionError as error:
         cause = f" ({type(error.__cause__).__name__})" if error.__cause__ else ""

@@ -81,6 +81,7 @@ class DataConfig:
     def __post_init__(self):
         _check(self.source in ("synthetic", "file"), f"source is {self.source!r}: use synthetic or file")
         _check(self.source != "file" or bool(self.path), "source is 'file': set --config.data.path=FILE_OR_FOLDER")
+        _check(self.source == "file" or not self.path, "path is for source=file: set --config.data.source=file")
         _positive(self, "size", "num_selection", "num_test", "prompt_window", "response_window", "reflection_window")
 
 
@@ -269,16 +270,22 @@ class PitConfig:
     evaluator: RewardModelConfig = RewardModelConfig()
     ppo: PPOConfig = PPOConfig()  # M_P, Equation 3
     ppo_pit: PPOConfig = PPOConfig()  # M_PIT, each round of the curriculum
-    curriculum: tuple[str, ...] = ("data", "policy")  # sources of ref_response: data, policy, pit, policy_checkpoint
+    # Sources of ref_response, a round for each: data, policy, pit, policy_checkpoint, srt.
+    curriculum: tuple[str, ...] = ("data", "policy")
+    srt_workdir: str = ""  # curriculum srt: the run of SRT whose refinements are taken
     arms: tuple[str, ...] = ()  # extra models for the tables, of ARMS above
     evaluation: EvaluationConfig = EvaluationConfig()
 
     def __post_init__(self):
         for source in self.curriculum:
             _check(
-                source in ("data", "policy", "pit", "policy_checkpoint"),
-                f"curriculum names {source!r}: use data, policy, pit or policy_checkpoint",
+                source in ("data", "policy", "pit", "policy_checkpoint", "srt"),
+                f"curriculum names {source!r}: use data, policy, pit, policy_checkpoint or srt",
             )
+        _check(
+            "srt" not in self.curriculum or bool(self.srt_workdir),
+            "curriculum names srt: set --config.srt_workdir=FOLDER, a run of SRT",
+        )
         _check(
             not (self.sft_pit.chain_of_thought and self.curriculum),
             "sft_pit.chain_of_thought is for the SFT model only (appendix K: RL would need data that tells good "
@@ -305,6 +312,7 @@ class DPOConfig:
     batch_size: int = 32
     num_steps: int = 0  # 0: from num_epochs
     num_epochs: float = 1.0
+    chunk_size: int = 0  # answer tokens whose logits are in memory at a time; 0: all
     accumulation: int = 1
     save_every: int = 200
 
@@ -324,11 +332,12 @@ class CriticConfig:
     base_url: str = ""  # kind=server: an OpenAI-compatible one; the key is in api_key_env
     model: str = ""
     api_key_env: str = "OPENAI_API_KEY"
-    temperature: float = 0.0
-    max_tokens: int = 2048
+    temperature: float = 0.0  # below 0: not sent, for models that refuse it
+    max_tokens: int = 2048  # 0: not sent
     extra: str = ""  # a JSON object of further request fields
     max_in_flight: int = 32
     timeout_s: float = 120.0
+    max_lost: float = 0.02  # share of records without a reply, after all retries, with which stage 1 goes on
     workdir: str = ""  # kind=workdir
 
     def __post_init__(self):
@@ -336,6 +345,7 @@ class CriticConfig:
             self.kind in ("verifier", "server", "workdir"), f"kind is {self.kind!r}: use verifier, server or workdir"
         )
         _check(0 <= self.error_rate <= 1, f"error_rate={self.error_rate}: from 0 to 1")
+        _check(0 <= self.max_lost <= 1, f"max_lost={self.max_lost}: from 0 to 1")
         _check(self.kind == "verifier" or not self.error_rate, "error_rate is for kind=verifier: set it to 0")
         _check(
             self.kind != "server" or bool(self.base_url and self.model),
@@ -353,13 +363,16 @@ class FeedbackConfig:
     num_critiques: int = 1  # rounds of critique and refinement; that with the highest score is kept (Table 2)
     keep_ties: bool = True  # False: the refinement's score must exceed the response's
     min_margin: float = 0.0  # by how much at least
+    max_unchanged: float = 1.0  # share of the kept records whose refinement is the response itself; others are dropped
     gap_workdir: str = ""  # a PIT run whose R_PIT must find the refinement better as well; empty: none
+    batch_size: int = 128  # rows of a batch of answers or critiques
 
     def __post_init__(self):
-        _positive(self, "num_critiques")
+        _positive(self, "num_critiques", "batch_size")
         _check(self.num_prompts >= 0, f"num_prompts={self.num_prompts}: not below 0")
         _check(self.temperature >= 0, f"temperature={self.temperature}: not below 0")
         _check(self.min_margin >= 0, f"min_margin={self.min_margin}: not below 0")
+        _check(0 <= self.max_unchanged <= 1, f"max_unchanged={self.max_unchanged}: from 0 to 1")
 
 
 SRT_ARMS = (

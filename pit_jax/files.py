@@ -2,9 +2,12 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from pit_jax import config
 
 
 def write_text_atomic(path: Path | str, text: str) -> None:
@@ -47,6 +50,64 @@ def read_json(path: Path | str):
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         raise ValueError(f"{path} is not a JSON file ({error}): restore it from a copy or delete it.") from error
+
+
+class Journal:
+    """JSON lines that are on disk as soon as they are added, behind a header that says what they are made from.
+
+    A process that is killed leaves all lines but the one that it was writing, which is cut off by the next start.
+
+    Attributes:
+      path: of the file.
+      lines: all of them, without the header.
+    """
+
+    def __init__(self, path: Path | str, header: dict, remedy: str = "delete it, and its lines are made again"):
+        """Opens or begins a file.
+
+        Args:
+          path: of the file; its folder is made where there is none.
+          header: plain JSON.
+          remedy: what a user can do about a file with another header.
+
+        Raises:
+          ValueError: where the file has another header, or is no such file.
+        """
+        self.path, self.lines = Path(path), []
+        header = json.loads(json.dumps(header))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            content = self.path.read_bytes()
+            whole = content[: content.rfind(b"\n") + 1]
+            try:
+                found, *self.lines = [*map(json.loads, whole.decode("utf-8").split("\n")[:-1])] or [header]
+            except ValueError as error:
+                raise ValueError(f"{path} is damaged ({error}): {remedy}") from error
+            if not all(isinstance(line, dict) for line in (found, *self.lines)):
+                raise ValueError(f"{path} is damaged (a line is no JSON object): {remedy}")
+            if found != header:
+                differing = config.differing_fields(header, found, "")
+                fields = ", ".join(line.partition(":")[0].lstrip(".") for line in differing)
+                raise ValueError(f"{path} is of a run with other {fields}: {remedy}")
+            with open(self.path, "r+b") as file:
+                file.truncate(len(whole))
+        self._file = open(self.path, "a", encoding="utf-8", newline="")  # noqa: SIM115
+        if not self.path.stat().st_size:
+            self._write([header])
+
+    def add(self, *lines: dict) -> None:
+        """Appends lines."""
+        self.lines += lines
+        self._write(lines)
+
+    def delete(self) -> None:
+        """Takes the file away: its lines are somewhere else now."""
+        self._file.close()
+        self.path.unlink()
+
+    def _write(self, lines: Sequence[dict]) -> None:
+        self._file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        self._file.flush()
 
 
 def sync_directory(directory: Path | str) -> None:

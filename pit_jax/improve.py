@@ -54,6 +54,8 @@ def settings_of_flags(context: Context, method: str) -> improve_file.Settings:
             raise ValueError(f"--stop names {stop!r}: use {', '.join(STOPS)}")
     if _MIN_GAIN.value is not None and "gap" not in stops:
         raise ValueError("--min_gain is for --stop=gap: add it, or leave --min_gain out")
+    if method == "srt" and ("gap" in stops or _KEEP.value == "best"):
+        raise ValueError("--stop=gap and --keep=best need R_PIT, which a run of SRT has not")
     min_gain = _MIN_GAIN.value
     if "gap" in stops and min_gain is None:
         min_gain = calibrated(context, method)
@@ -70,8 +72,6 @@ def settings_of_flags(context: Context, method: str) -> improve_file.Settings:
 
 def calibrated(context: Context, method: str) -> float:
     """The threshold of the gain from the selection rows; their answers are made once and kept in the workdir."""
-    if method == "srt":
-        raise ValueError("--stop=gap needs R_PIT, which a run of SRT has not")
     if method == "rerank":
         raise ValueError("--stop=gap with --method=rerank needs --min_gain: its answers never become worse by R_P")
     needed = [pit.gap_stage(context.config), "rl_policy", "evaluator"]

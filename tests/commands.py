@@ -7,17 +7,28 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 CONFIG = "configs/pit_synthetic.py:smoke"
+SRT_CONFIG = "configs/srt_synthetic.py:smoke"
 ADAPTIVE = "--config.ppo.adaptive_kl=True"  # the controller's state has to come back as well
 
 
 def run(*arguments, cache=None, **more):
     """Runs Python with these arguments in the repository, on one CPU device."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
-    if cache:
-        environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
     command = [sys.executable, *map(str, arguments)]
-    settings = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": 600, "check": False}
-    return subprocess.run(command, **(settings | more))
+    settings = {"capture_output": True, "text": True, "timeout": 600, "check": False}
+    return subprocess.run(command, **(settings | {"cwd": ROOT, "env": environment(cache)} | more))
+
+
+def start(*arguments, cache, log):
+    """The same, and goes on; what it prints is in a file."""
+    with open(log, "w") as file:
+        command = [sys.executable, *map(str, arguments)]
+        return subprocess.Popen(command, cwd=ROOT, env=environment(cache), stdout=file, stderr=file)
+
+
+def environment(cache=None):
+    """Of a command."""
+    more = {"JAX_COMPILATION_CACHE_DIR": str(cache)} if cache else {}
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)} | more
 
 
 def train(workdir, *flags, config=CONFIG, program=("-m", "pit_jax.train"), cache=None):

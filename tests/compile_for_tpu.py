@@ -20,9 +20,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from pit_jax import optimizers, sharding, train_state
-from pit_jax.config import ModelConfig, OptimizerConfig, PPOConfig
-from pit_jax.learners import ppo, reward_model, sft
+from pit_jax import optimizers, sampling, sharding, train_state
+from pit_jax.config import ModelConfig, OptimizerConfig, PPOConfig, SamplingConfig
+from pit_jax.data.pairs import PairBatch
+from pit_jax.learners import dpo, ppo, reward_model, sft
 from pit_jax.models.transformer import ScalarModel, Transformer
 from pit_jax.types import PromptBatch, Rollout, ScoreBatch, TokenBatch
 
@@ -97,11 +98,22 @@ def main(data: int, model: int, dtype: str, remat: str, chunk_size: int) -> dict
             "ppo_collect": (collect, ppo_state, policy, reward, batch, key),
             "ppo_update": (update, ppo_state, on_mesh(experience), on_mesh(statistics), number, key),
             "difference_scores": (difference, reward, behind, with_references),
-        }
+            "generate_with_stop": (
+                jax.jit(functools.partial(
+                    sampling.generate, model=decode, config=SamplingConfig(R), eos_id=2, stop=(5, 6, 7)
+                )),
+                policy, batch.prompts, key,
+            ),
+        }  # fmt: skip
+        pairs = PairBatch(
+            *(ints(B, T) for _ in range(3)), *(ints(B, 2 * R) for _ in range(3)), array((B, 2), jnp.float32)
+        )
         for name, optimizer in made.items():
             sft_step = sft.make_train_step(decoder, optimizer, num_targets=32, chunk_size=chunk_size)
             step = reward_model.make_train_step(scalar, optimizer, loss="gap")
+            dpo_step = dpo.make_train_step(decoder, optimizer, beta=0.1, chunk_size=chunk_size)
             programs |= {
+                f"dpo_{name}": (dpo_step, state(policy, optimizer), pairs),
                 f"sft_{name}": (sft_step, state(policy, optimizer), sft.SFTBatch(tokens)),
                 f"r_p_{name}": (step, state(reward, optimizer), groups(2, T)),
                 f"r_pit_{name}": (step, state(reward, optimizer), groups(4, 2 * T)),

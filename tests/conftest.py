@@ -1,6 +1,9 @@
 """Eight CPU devices for the whole suite, set before JAX starts, and what several modules use."""
 
+import fcntl
 import os
+import pathlib
+import shutil
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Almost all of the time goes into compiling small programs: level 0 halves it.
@@ -28,10 +31,30 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
+def finished_run(tmp_path_factory, worker_id: str, config: str, cache) -> tuple[pathlib.Path, str]:
+    """A finished run and what it printed: trained by the first process that asks, and a copy for each."""
+    root = tmp_path_factory.getbasetemp()
+    shared = (root if worker_id == "master" else root.parent) / config.replace("/", "_").replace(":", "_")
+    with open(f"{shared}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        if not (shared / "printed").exists():
+            shutil.rmtree(shared, ignore_errors=True)
+            result = commands.train(shared / "smoke", config=config, cache=cache)
+            assert result.returncode == 0, result.stderr[-3000:]
+            (shared / "printed").write_text(result.stdout, encoding="utf-8")
+        workdir = tmp_path_factory.mktemp("run") / "smoke"
+        shutil.copytree(shared / "smoke", workdir)
+        printed = (shared / "printed").read_text(encoding="utf-8")
+    return workdir, printed.replace(str(shared / "smoke"), str(workdir))
+
+
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory, cache):
-    """A finished smoke run and what it printed; who changes it works on a copy."""
-    workdir = tmp_path_factory.mktemp("run") / "smoke"
-    result = commands.train(workdir, cache=cache)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return workdir, result.stdout
+def finished(tmp_path_factory, worker_id, cache):
+    """A finished smoke run of PIT and what it printed; who changes it works on a copy."""
+    return finished_run(tmp_path_factory, worker_id, commands.CONFIG, cache)
+
+
+@pytest.fixture(scope="session")
+def finished_srt(tmp_path_factory, worker_id, cache):
+    """The same of SRT."""
+    return finished_run(tmp_path_factory, worker_id, commands.SRT_CONFIG, cache)

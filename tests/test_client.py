@@ -244,8 +244,6 @@ def test_a_reply_with_half_a_surrogate_pair(tmp_path):
         (401, "environment variable JUDGE_KEY, which does not suit it"),
         (403, "environment variable JUDGE_KEY"),
         (404, "Is the model's name right"),
-        (400, "needs None there"),
-        (422, "needs None there"),
     ],
 )
 def test_refusals_end_the_run_at_once(status, remedy, monkeypatch, tmp_path, caplog, capfd):
@@ -273,6 +271,35 @@ def test_refusals_end_the_run_at_once(status, remedy, monkeypatch, tmp_path, cap
     for text in (message, cached, caplog.text, *capfd.readouterr(), repr(config), repr(error.value.__cause__)):
         assert KEY not in text and "secret" not in text
     assert "POST" in caplog.text  # so the log above is one that could have shown the key
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_server_that_refuses_every_request_ends_the_run(status):
+    """It is the settings, then: a few requests show it."""
+    with serve(lambda *_: Reply("no", status=status)) as server:
+        with pytest.raises(ApiError, match=f"status {status}: no. .*needs None there"):
+            complete(ClientConfig(server.base_url, "m", max_in_flight=1), numbers(500))
+        assert len(server.bodies) == client.NUM_REFUSED
+        with pytest.raises(ApiError, match=f"status {status}"):
+            complete(ClientConfig(server.base_url, "m", max_in_flight=32), numbers(3))
+
+
+@pytest.mark.parametrize("in_flight", [1, 4])
+def test_a_request_that_is_refused_hinders_no_other(tmp_path, in_flight):
+    """As by a content policy: it has failed, and is asked again by the next run, where the cache holds the others."""
+
+    def script(messages, attempt):
+        blocked = messages[-1]["content"] in ("q0", "q7")
+        return Reply("content policy", status=400) if blocked else echo(messages, attempt)
+
+    with serve(script) as server:
+        config = ClientConfig(server.base_url, "m", max_in_flight=in_flight, cache=str(tmp_path))
+        completions, usage = complete(config, numbers(20))
+        assert [i for i, c in enumerate(completions) if c.text is None] == [0, 7]
+        assert "status 400: content policy" in completions[7].error and (usage.calls, usage.failed) == (18, 2)
+        again, usage = complete(config, numbers(20))
+        assert [i for i, c in enumerate(again) if c.text is None] == [0, 7] and usage.cached == 18
+        assert len(server.bodies) == 22
 
 
 def test_a_missing_key_is_named():

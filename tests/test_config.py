@@ -103,7 +103,10 @@ def test_a_tuple_from_a_comma_string(text, expected):
         (lambda: c.PitConfig(r_p=c.RewardModelConfig(start_from="r_p")), "only r_pit comes after R_P"),
         (lambda: c.PPOConfig(kl_estimator="k2"), "'k2': use k1 or k3"),
         (lambda: c.PPOConfig(rollout_size=10, num_minibatches=4), "10 must be a multiple of num_minibatches=4"),
-        (lambda: c.PitConfig(curriculum=("data", "rl")), "names 'rl': use data, policy, pit or policy_checkpoint"),
+        (
+            lambda: c.PitConfig(curriculum=("data", "rl")),
+            "names 'rl': use data, policy, pit, policy_checkpoint or srt",
+        ),
         (lambda: c.PitConfig(arms=("first",)), "names 'first': use second_rl_only"),
         (lambda: c.PitConfig(sft_pit=c.SFTConfig(chain_of_thought=True)), "--config.curriculum="),
         (lambda: c.PitConfig(r_p=c.RewardModelConfig(loss="mse")), "r_p.loss is for r_pit"),

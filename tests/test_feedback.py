@@ -36,6 +36,14 @@ SPELLINGS = {
     "out of ten": (
         "weakness: It lacks #silver.\nadvice: Add #silver.\noverall score: 7/10\n\nRevised Answer:\n"
     ),
+    "bullets": (
+        "- **Weaknesses:** It lacks #silver.\n* **Suggestions**: Add #silver.\n- **Overall Score**: [[7]]\n\n"
+        "### Improved Response (revised)\n"
+    ),
+    "the range beside the score": (
+        "**Weaknesses**: It lacks #silver.\n**Suggestions**: Add #silver.\n**Overall Score (1-10)**: 7\n\n"
+        "**Improved Response**\n"
+    ),
     "backslashes and Windows": (
         "Weaknesses: It lacks #silver.\r\nSuggestions: Add #silver.\r\nOverall Score: \\[\\[7\\]\\]\r\n"
         "### Improved Response\r\n"
@@ -52,11 +60,49 @@ def test_spellings(name):
     assert parse(SPELLINGS[name] + "Tea is good. #silver") == WHOLE
 
 
+HEAD = "Weaknesses: w\nSuggestions: s\n"
+END = "\n### Improved Response\nr"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        # Points of a list that are named as parts are.
+        (f"Weaknesses: w\nOverall Score: [[5]]\nSuggestions: s\n- **Improved version**: use a verb.{END}",
+         Feedback("w", "s\n- **Improved version**: use a verb.", 5.0, "r")),
+        (f"### Weaknesses\n1. Short.\n   - **Suggestion:** say more.\n### Suggestions\ns\nScore: 6{END}",
+         Feedback("1. Short.\n   - **Suggestion:** say more.", "s", 6.0, "r")),
+        (f"Weaknesses:\n- **Score**: the final score is missing.\nSuggestions: s\nScore: 6{END}",
+         Feedback("- **Score**: the final score is missing.", "s", 6.0, "r")),
+        (f"{HEAD}Overall Score: [[5]]\nImproved response: so.{END}", Feedback("w", "s", 5.0, "r")),
+        # Remarks, and several scores.
+        (f"{HEAD}Overall Score: [[6]]\nScore (clarity): 3\nScore (accuracy): 4{END}", Feedback("w", "s", 6.0, "r")),
+        (f"Weaknesses: w\nAdvice (second line): vague.\nSuggestions: s\nScore: 6{END}",
+         Feedback("w\nAdvice (second line): vague.", "s", 6.0, "r")),
+        (f"{HEAD}**Overall Score (7/10)**{END}", Feedback("w", "s", 7.0, "r")),
+        (f"{HEAD}Overall Score (7){END}", Feedback("w", "s", 7.0, "r")),
+        (f"{HEAD}**Overall Score** (1-10): 7{END}", Feedback("w", "s", 7.0, "r")),
+        # A score behind the refinement, and lines of an answer that look like one.
+        (f"{HEAD}### Improved Response\nr\n\n**Overall Score:** 7/10", Feedback("w", "s", 7.0, "r")),
+        (f"{HEAD}### Improved Response\nr\n### Overall Score\n7", Feedback("w", "s", 7.0, "r")),
+        (f"{HEAD}### Improved Response\nr\nScore: 3\nSee [[4]] for more.",
+         Feedback("w", "s", None, "r\nScore: 3\nSee [[4]] for more.")),
+        (f"{HEAD}### Improved Response\nr\nOverall rating: 3\nThanks.",
+         Feedback("w", "s", None, "r\nOverall rating: 3\nThanks.")),
+    ],
+)  # fmt: skip
+def test_texts_that_read_like_headings(text, expected):
+    assert parse(text) == expected
+
+
 def test_the_refinement_is_taken_as_it_is():
     """Also where it says what headings say; and only the last heading of a step that is named twice begins it."""
     answer = "Overall Score: [[1]]\n### Feedback\nWeaknesses: none"
     assert parse(f"{feedback.render(WHOLE)}\n{answer}").refinement == f"Tea is good. #silver\n{answer}"
     assert parse(f"{feedback.render(WHOLE)}\n{answer}").score == 7.0
+    report = "Weaknesses: a\nSuggestions: b\n### Improved Response\nReport\nScore: 3\nend"
+    assert parse(report) == Feedback("a", "b", None, "Report\nScore: 3\nend"), "a line of an answer is no score"
+    assert parse(f"{report}\nOverall Score: [[7]]") == Feedback("a", "b", 7.0, "Report\nScore: 3\nend")
 
 
 @pytest.mark.parametrize(
@@ -228,6 +274,21 @@ def test_what_a_model_is_given_is_the_beginning_of_what_it_learnt():
     rest = Letters().decode(ids[len(ask) : -1])
     assert parse(form().feedback_begins_text + rest) == Feedback("W", "S", 7.0, "R")
     assert parse(form().feedback_begins_text + rest.split("]]")[0]).score == 7.0, "where scoring stops"
+
+
+def test_the_room_that_a_critique_takes():
+    """Its headings too, but for those behind the response, which M_self is given."""
+    critique = form().critique(Feedback("W", "S", 7.0, "R"))
+    assert Letters().decode(critique) == "W\nSuggestions:S\nOverall Score: [[7]]\n### Improved Response\n"
+    assert form("feedback").critique(Feedback("W", "S", 7.0, "R")) == []
+
+
+def test_a_template_that_ends_the_turn_of_the_answer():
+    """<<End>> behind {response}: it is part of what stands before the critique."""
+    turns = Form(Letters(), SEQUENCE.replace("{response}\n", "{response}<<End>>\n"))
+    assert Letters().decode(turns.feedback_begins) == "</s>\n### Feedback\nWeaknesses:"
+    ask = Letters().decode(turns.feedback_prompt("x", "y"))
+    assert ask == "<s>Human:xAssistant:y</s>\n### Feedback\nWeaknesses:"
 
 
 def test_ids_of_a_model_are_taken_as_they_are():

@@ -128,6 +128,34 @@ def test_a_figure_for_each_key_and_none_where_it_is_absent(drawn):
     assert figures.draw(empty) == {}
 
 
+SRT = {
+    "comparisons": {
+        "srt_stage1_vs_base": {"verifier": summary(0.09)}, "quarter_vs_base": {"verifier": summary(-0.02)},
+        "srt_stage1_vs_rerank": {"verifier": summary(0.01)},
+    },
+    "stages": {"srt": {"rows": 15_000}, "arm_quarter": {"rows": 3750}, "arm_half": {"rows": 7500}},
+    "iterations": {"srt_stage1": [step(0, 20.0, 0.01), step(1, 110.0, 0.09)]},
+    "self_scores": {
+        "stage1": {
+            "histograms": {"answer": [0, 0, 0, 0, 0, 1, 2, 0, 0, 13], "refinement": [0, 0, 0, 0, 0, 0, 1, 0, 0, 15]},
+            "quality": [{"score": 7, "n": 1, "share_met": 0.5, "all_met": 0.0},
+                        {"score": 10, "n": 15, "share_met": 0.95, "all_met": 0.8}],
+        },
+    },
+}  # fmt: skip
+
+
+def test_figures_of_srt():
+    described, drawn = figures.captions(SRT), figures.draw(SRT)
+    assert set(drawn) == {"win_rates", "iterations", "srt_scores", "srt_quality", "srt_sequences"}
+    assert "16 prompts" in described["srt_scores"][1] and "SRT Table 2" in described["iterations"][0]
+    assert "the answer of M_base" in described["iterations"][1]
+    seen = texts(drawn["srt_sequences"])
+    assert "sequences" in seen and "delta (%)" in seen and "4000" in seen and "14000" in seen
+    alone = {**SRT, "comparisons": {"srt_stage1_vs_base": {"verifier": summary(0.09)}}}
+    assert "srt_sequences" not in figures.draw(alone), "one point is no curve"
+
+
 def test_equal_numbers_give_equal_bytes_whatever_the_order_of_keys(drawn):
     again = figures.draw(json.loads(json.dumps(RESULTS, sort_keys=True)))
     assert again == drawn
@@ -161,7 +189,7 @@ def test_a_figure_is_small_plain_and_asks_for_nothing(drawn):
 
 def test_axes_are_named_with_their_units(drawn):
     wanted = {
-        "win_rates": {"delta: win − lose (points of percent)", "PIT vs. original", "PIT vs. Self-Refine", "llm"},
+        "win_rates": {"delta (points of percent)", "PIT vs. original", "PIT vs. Self-Refine", "llm"},
         "fig2_gap_distributions": {"r_gap(x, y1, y2)", "density", "(y_w, y_l)", "(y_l, y_w)"},
         "fig3_temperature": {"sampling temperature", "delta (points)", "verifier", "Self-Refine vs. original"},
         "fig4_rl_rewards": {"RL step", "Better", "Similar", "Worse", "first and second RL", "second RL only"},

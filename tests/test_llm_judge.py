@@ -2,15 +2,9 @@
 
 import hashlib
 import importlib.util
-import os
 import re
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from pathlib import Path
 
+import hf_server
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
@@ -260,77 +254,15 @@ def test_nothing_to_judge_and_wrong_lengths():
 # A server that is not ours.
 
 
-def tiny_chat_model(folder: Path) -> None:
-    """A Llama with random parameters and a tokenizer of bytes with a chat template."""
-    import torch
-    import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    names = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
-    tokenizer.chat_template = (
-        "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
-        "{% if add_generation_prompt %}<s>assistant: {% endif %}"
-    )
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = transformers.LlamaConfig(
-        vocab_size=len(names), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=4096, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(sizes).save_pretrained(folder)
-
-
-@needs_openai
-@pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("torch", "transformers", "fastapi", "uvicorn")),
-    reason="torch or transformers[serving] is not installed (extra: parity)",
-)
+@hf_server.needs_transformers_serve
 def test_transformers_serve(tmp_path):
-    model, log = tmp_path / "model", tmp_path / "log"
-    tiny_chat_model(model)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        Path(sys.executable).with_name("transformers"),
-        "serve",
-        model,
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-    ]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), "CUDA_VISIBLE_DEVICES": ""}
-    with log.open("w") as file:
-        server = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT, cwd=tmp_path)
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            assert server.poll() is None and time.monotonic() < deadline, log.read_text()
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except OSError:
-                time.sleep(0.1)
-        config = ClientConfig(
-            f"http://127.0.0.1:{port}/v1", str(model), max_tokens=12, max_in_flight=4, cache=str(tmp_path / "cache")
-        )
+    model = tmp_path / "model"
+    hf_server.tiny_chat_model(model)
+    with hf_server.serve(model, tmp_path) as address:
+        config = ClientConfig(address, str(model), max_tokens=12, max_in_flight=4, cache=str(tmp_path / "cache"))
         texts = ["Say hi.", "Name a colour."], ["hi", "red"], ["go away", "seven"]
         template = load_template("instructions")
         result, again = judge(config, template, *texts), judge(config, template, *texts)
-    finally:
-        server.terminate()
-        try:
-            server.wait(10)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
     assert not result.verdicts.mask.any()
     counts = result.counts
     expected = {"n": 2, "parse_failures": 4, "failed_requests": 0, "no_verdict": 2, "calls": 4, "cached_calls": 0}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import re
 import types
 
@@ -383,6 +384,50 @@ def test_references_of_checkpoints_come_in_turn(tmp_path, rows, encoder, drawn, 
     for turn in range(3):
         references(rows[:2], [False, False], jax.random.key(0), turn)
     assert [(width, value) for width, value, *_ in drawn] == [(16, float(step)) for step in in_turn]
+
+
+def test_references_of_srt_are_its_refinements(tmp_path, rows, encoder, drawn):
+    """In turn where a prompt has several; rows without one are none of the round, and in a test M_P^RL answers."""
+    context = rl_context(tmp_path / "run", encoder, rows)
+    long = " ".join(["tea"] * 60)
+    found = [(rows[0], "a b"), (rows[1], "c"), (rows[3], "d"), (rows[5], long), (rows[6], None), (rows[7], "")]
+    folder = tmp_path / "srt" / "feedback"
+    folder.mkdir(parents=True)
+    for name, records in (("critic_feedback", found), ("self_feedback_1", [(rows[0], "e")]), ("x.unfinished", [])):
+        lines = [json.dumps({"instruction": row.prompt, "refinement": text}) + "\n" for row, text in records]
+        (folder / f"{name}.jsonl").write_text("".join(lines) or "not a record\n")
+    context.config = dataclasses.replace(context.config, curriculum=("srt",), srt_workdir=str(tmp_path / "srt"))
+    references = pit.References(context, "srt", "sft_pit", "rl_pit_1")
+    assert references.rows(rows, 3) == [rows[0], rows[1], rows[3]]
+    with pytest.raises(ValueError, match="refinements for 3 of the .* prompts of this round, and a batch takes 4"):
+        references.rows(rows, 4)
+    encode = encoder.tokenizer.encode
+    for turn, first in enumerate(("a b", "e", "a b")):
+        asked = [rows[0], rows[3], rows[1]]
+        got = references(asked, [False] * 3, jax.random.key(0), turn)
+        assert got == [encode(text) for text in (first, "d", "c")] and not drawn
+    assert references(rows[:3], [False] * 3, jax.random.key(0), 0) == [[100], [101], [102]]
+    assert drawn[0][:2] == (16, 5.0), "M_P^RL"
+    assert pit.References(context, "data", "sft_pit").rows(rows, 99) is rows, "other sources have references for all"
+    # What the first start has read stays, whatever becomes of the run of SRT.
+    (folder / "critic_feedback.jsonl").write_text(json.dumps({"instruction": rows[2].prompt, "refinement": "z"}) + "\n")
+    again = pit.References(context, "srt", "sft_pit", "rl_pit_1")
+    assert again.refinements == references.refinements
+    context.workdir.discard("rl_pit_1")
+    assert rows[2].prompt in pit.References(context, "srt", "sft_pit", "rl_pit_1").refinements
+    context.workdir.discard("rl_pit_1")
+    (folder / "critic_feedback.jsonl").write_text('{"prompt": "p"}\n')
+    with pytest.raises(ValueError, match="has a line that is no record of SRT"):
+        pit.References(context, "srt", "sft_pit", "rl_pit_1")
+
+
+def test_a_round_on_refinements_of_srt_is_checked_first(tmp_path):
+    config = PitConfig(curriculum=("data", "srt"), srt_workdir=str(tmp_path))
+    pit.check(config, {"rl_pit_1"})
+    with pytest.raises(ValueError, match="has no records: name a run of SRT"):
+        pit.check(config, {"rl_pit_1", "rl_pit_2"})
+    with pytest.raises(ValueError, match="set --config.srt_workdir=FOLDER"):
+        PitConfig(curriculum=("srt",))
 
 
 def test_references_are_a_function_of_the_key(tmp_path, rows, encoder):

@@ -265,3 +265,21 @@ def test_append_ids_by_hand():
     np.testing.assert_array_equal(rollout.positions, [[0, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5]])
     np.testing.assert_array_equal(rollout.response_mask, [[True, True, True], [True, True, False]])
     assert all(isinstance(x, np.ndarray) for x in rollout)
+
+
+def test_a_row_ends_behind_a_stop_sequence():
+    """Up to its first occurrence it is the row without stop."""
+    free = generate(PROMPTS, temperature=0.0, eos_id=V, max_new_tokens=12)
+    rows = free.tokens[:, -12:]
+    stop = tuple(int(i) for i in rows[0, 4:6])
+    batch = sharding.shard_batch(batches.prompt_rows(PROMPTS, 6))
+    settings = SamplingConfig(max_new_tokens=12, temperature=0.0)
+    run = functools.partial(sampling.generate, model=MODEL, config=settings, eos_id=V, stop=stop)
+    stopped = jax.device_get(jax.jit(run)(made(), batch, jax.random.key(0)))
+    lengths = []
+    for row, got, mask in zip(rows, stopped.tokens[:, -12:], stopped.response_mask, strict=True):
+        ends = [k + 2 for k in range(11) if tuple(row[k : k + 2]) == stop]
+        lengths.append(ends[0] if ends else 12)
+        assert mask.tolist() == [k < lengths[-1] for k in range(12)]
+        np.testing.assert_array_equal(got[mask], row[: lengths[-1]])
+    assert lengths[0] <= 6 and max(lengths) == 12, "one row stops and one does not"

@@ -1,5 +1,6 @@
 """Reading preference rows, and dividing them."""
 
+import dataclasses
 import gzip
 import json
 import lzma
@@ -49,6 +50,21 @@ def test_jsonl_fields(tmp_path):
     rows, _ = sources.read_jsonl(write(tmp_path / "b.jsonl", full))
     expected = (Requirement("contains", "gold"), Requirement("no_commas", ""))
     assert rows[0] == PreferenceExample("p", "bad", "good", "add gold", expected)
+
+
+def test_prompts_alone_where_they_will_do(tmp_path):
+    prompts = write(tmp_path / "a.jsonl", {"prompt": "p"}, {"prompt": "q", "source": "x"})
+    assert "field 'chosen' is missing" in error_of(sources.read, prompts)
+    rows, counts = sources.read(prompts, answers=False)
+    assert rows == [PreferenceExample("p", "", ""), PreferenceExample("q", "", "")] and counts == {}
+    assert sources.has_no_answers(rows) and not sources.has_no_answers([PreferenceExample("p", "l", "w")])
+    again = write(tmp_path / "b.jsonl", *map(dataclasses.asdict, rows))
+    assert sources.read_jsonl(again, answers=False)[0] == rows, "as a workdir keeps them"
+    mixed = write(tmp_path / "c.jsonl", {"prompt": "p"}, ROW)
+    assert "in all rows or in none" in error_of(sources.read, mixed, answers=False)
+    assert sources.read(write(tmp_path / "d.jsonl", ROW), answers=False)[0] == [PreferenceExample("p", "bad", "good")]
+    half = write(tmp_path / "e.jsonl", {"prompt": "p", "chosen": "w"})
+    assert "'rejected' is missing" in error_of(sources.read, half, answers=False)
 
 
 def test_jsonl_keeps_texts_as_they_are(tmp_path):
@@ -141,7 +157,7 @@ def test_jsonl_drops_empty_answers_on_request(tmp_path):
         (b"\xef\xbb\xbf", '{"prompt": "café"}'.encode("latin-1"), 2, 3 + len(json.dumps(ROW)) + 1 + 15),
         (b"\xef\xbb\xbf\xff", b"", 1, 3),
         ("[]".encode("utf-16"), b"", 1, 0),
-        (gzip.compress(b"x"), b"", 1, 1),  # compressed, under a name that does not say so
+        (gzip.compress(b"x", mtime=0), b"", 1, 1),  # compressed, under a name that does not say so
     ],
 )
 def test_wrong_encoding_names_line_and_byte(tmp_path, head, bad, line, byte):

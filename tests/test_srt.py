@@ -7,15 +7,16 @@ import types
 import numpy as np
 import openai_server
 import pytest
-from commands import run
+from commands import SRT_CONFIG as CONFIG, run
 
 from pit_jax.config import CriticConfig, FeedbackConfig, SrtConfig
 from pit_jax.data import feedback as feedback_lib, synthetic
 from pit_jax.data.feedback import Feedback
 from pit_jax.data.verifier import share_met, verify
+from pit_jax.files import Journal
 from pit_jax.pipelines import critics, srt
 from pit_jax.pipelines.critics import Critic, Reply, Request
-from pit_jax.types import PreferenceExample
+from pit_jax.types import PreferenceExample, Requirement
 
 ROW = PreferenceExample(prompt="Write.", rejected="l", chosen="w")
 
@@ -103,6 +104,64 @@ def test_counts_by_cause():
     assert summary["parse_rate"] == 1.0 and summary["mean_scores"] == [pytest.approx(17 / 3), pytest.approx(16 / 3)]
     assert summary["histograms"] == [[0, 0, 0, 2, 0, 0, 0, 0, 1, 0], [0, 1, 0, 0, 0, 0, 2, 0, 0, 0]]
     assert (summary["read"], summary["written"]) == (60, 18)
+
+
+def test_records_in_which_nothing_changes_are_a_share():
+    """6 that change, 9 that do not, 1 dropped: a quarter of what is kept is 2 of 8."""
+    criticize = {f"y{i}": reply(10.0, f"y{i}") for i in range(9)} | {f"z{i}": reply(4.0, "r") for i in range(6)}
+    criticize["lost"] = reply(None)
+    critic, _ = scripted(criticize, {name: reply(10.0) for name in [*criticize, "r"]})
+    records = records_of(critic, list(criticize))
+    kept = lambda share, seed=0: [not r.dropped for r in srt.drop_unchanged(records, share, seed)]  # noqa: E731
+    assert sum(kept(1.0)) == 15 and sum(kept(0.25)) == 8 and sum(kept(0.0)) == 6
+    assert all(kept(0.25)[9:15]) and kept(0.25) == kept(0.25) != kept(0.25, seed=1)
+    causes = collections.Counter(r.dropped for r in srt.drop_unchanged(records, 0.25, 0))
+    assert causes == {"": 8, "nothing to change": 7, "no score": 1}
+
+
+def test_a_response_that_does_not_fit_is_not_asked_about():
+    critic, asked = scripted({"a": reply(4.0, "b")}, {"b": reply(7.0)})
+    rows = [ROW] * 3
+    records = srt.make_records(rows, range(3), ["long", "a", "longer"], critic, FeedbackConfig(), lambda y: y == "a")
+    assert asked.criticize == [["a"]]
+    assert [r.dropped for r in records] == ["over the windows", "", "over the windows"]
+    assert [r.read for r in records] == [0, 20, 0]
+
+
+def test_replies_are_asked_for_once(tmp_path):
+    """What was asked before a kill is read; the rest is asked in pieces, and a torn line again."""
+    replies = {name: reply(4.0, f"{name}!") for name in "abcde"}
+    critic, asked = scripted(replies, {"a": reply(2.0)})
+    requests = [Request(i, ROW, name) for i, name in enumerate("abcde")]
+    path = tmp_path / "replies.jsonl"
+    stored = critics.stored(critic, Journal(path, {"critic": "c"}), 2)
+    assert stored.criticize(requests[:3]) == [replies[name] for name in "abc"]
+    assert asked.criticize == [["a", "b"], ["c"]]
+    with open(path, "a") as file:
+        file.write('{"ask": "criticize", "row": 3, "resp')
+    again = critics.stored(critic, Journal(path, {"critic": "c"}), 2)
+    assert again.criticize(requests) == [replies[name] for name in "abcde"]
+    assert asked.criticize[2:] == [["d", "e"]]
+    assert again.score(requests[:1]) == [reply(2.0)], "a score is another question"
+    other = requests[0]._replace(number=7)
+    assert again.criticize([other]) == [replies["a"]] and asked.criticize[3:] == [["a"]], "another row is asked"
+    with pytest.raises(ValueError, match="of a run with other critic: delete it"):
+        Journal(path, {"critic": "d"})
+
+
+def test_what_critiques_are_worth_by_hand():
+    """Four responses that fail: two found, one mended. Two that pass: one false alarm, one broken."""
+    need = Requirement("contains", "tea")
+    row = PreferenceExample(prompt="Write.", rejected="l", chosen="w", requirements=(need,))
+    says = {"a": (10.0, "a"), "b": (4.0, "tea"), "c": (4.0, "c"), "d": (10.0, "d"), "tea": (10.0, "tea"),
+            "tea!": (7.0, "no"), "lost": (None, "tea")}  # fmt: skip
+    critic, _ = scripted({y: reply(*said) for y, said in says.items()}, {y: reply(10.0) for y in [*says, "no"]})
+    records = records_of(critic, list(says))
+    assert srt.truth_of(records, [row] * len(records)) == {
+        "failing": 4, "found": 0.5, "mended": 0.25, "passing": 2, "false_alarms": 0.5, "broken": 0.5,
+    }  # fmt: skip
+    nothing = srt.truth_of([], [])
+    assert (nothing["failing"], nothing["found"], nothing["broken"]) == (0, None, None)
 
 
 # The verifier as a critic
@@ -208,6 +267,21 @@ def test_bad_replies_are_retried_and_then_counted(tmp_path, monkeypatch):
         records_of(critic, ["gone"])
 
 
+def test_a_prompt_that_is_always_refused_hinders_no_other(tmp_path, monkeypatch):
+    """As by a content policy. It is asked again by itself, with another seed: that, too, does not end the run."""
+    openai_server.clean_environment(monkeypatch)
+
+    def script(messages, _):
+        blocked = "\nbad\n" in messages[-1]["content"]
+        return openai_server.Reply("policy", status=400) if blocked else critic_script()(messages, _)
+
+    with openai_server.serve(script) as server:
+        critic = critics.server_critic(server_settings(server), feedback_lib.load_template("critic"), tmp_path)
+        records = records_of(critic, ["bad", "fine", "good"])
+    assert [record.dropped for record in records] == ["no reply", "", ""]
+    assert "status 400: policy" in records[0].raw
+
+
 def test_a_server_that_is_not_there_is_said_at_once(monkeypatch):
     openai_server.clean_environment(monkeypatch)
     settings = CriticConfig(kind="server", base_url="http://127.0.0.1:9/v1", model="m")
@@ -221,38 +295,31 @@ def test_a_server_that_is_not_there_is_said_at_once(monkeypatch):
 # The command
 
 
-CONFIG = "configs/srt_synthetic.py:smoke"
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, cache):
-    workdir = tmp_path_factory.mktemp("srt") / "smoke"
-    result = run("-m", "pit_jax.train", f"--config={CONFIG}", f"--workdir={workdir}", cache=cache)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return workdir, result.stdout
-
-
 def read(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
-def test_every_stage_leaves_what_it_should(trained):
-    workdir, printed = trained
+def test_every_stage_leaves_what_it_should(finished_srt):
+    workdir, printed = finished_srt
     done = {path.stem for path in (workdir / "stages").glob("*.json")}
     assert done == {"data", "pretrain", "sft_policy", "critic_feedback", "srt", "self_feedback_1", "dpo_1", "evaluate"}
     first, second = (read(workdir / "feedback" / f"{s}.jsonl") for s in ("critic_feedback", "self_feedback_1"))
     assert len(first) == 48 and len(second) == 32
     assert not {r["instruction"] for r in first} & {r["instruction"] for r in second}, "prompts of their own"
     for record in first:
-        assert record["critic"] == "verifier" and record["raw"] and record["refinement"]
+        assert record["critic"] == "verifier"
+        long = record["dropped"] == "over the windows"  # M_base of a smoke run rambles
+        assert long or (record["raw"] and record["refinement"])
     results = json.loads((workdir / "results.json").read_text())
     assert {"srt_stage1_vs_base", "srt_stage2_vs_stage1"} <= set(results["comparisons"])
     assert set(results["srt"]["counts"]) == {"critic_feedback", "self_feedback_1"}
+    truth = results["srt"]["feedback"]["critic_feedback"]["truth"]
+    assert (truth["found"], truth["mended"]) == (1.0, 1.0) and 0 < truth["failing"] <= 48
     assert "Win rates" in printed and (workdir / "report" / "index.html").exists()
 
 
-def test_improve_and_evaluate_know_the_run(trained, cache, tmp_path):
-    workdir, _ = trained
+def test_improve_and_evaluate_know_the_run(finished_srt, cache, tmp_path):
+    workdir, _ = finished_srt
     (tmp_path / "in.jsonl").write_text(
         '{"prompt": "Write a slogan about chess.", "response": "Chess."}\n{"prompt": "x"}\n'
     )
@@ -275,9 +342,39 @@ def test_improve_and_evaluate_know_the_run(trained, cache, tmp_path):
     assert unknown.returncode == 2 and "--tables names 'ratings': use win_rates, self_scores" in unknown.stderr
 
 
-def test_a_base_of_another_run(trained, cache, tmp_path):
+def test_prompts_alone_and_a_server(finished_srt, cache, tmp_path, monkeypatch):
+    """As with real instructions: no pairs, no verifier; M_base and its tokenizer are of another run."""
+    openai_server.clean_environment(monkeypatch)
+    prompts = [row.prompt for row in synthetic.generate(11, 0, 200)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": x}) + "\n" for x in dict.fromkeys(prompts)))
+    base = finished_srt[0] / "models" / "sft_policy"
+    command = [
+        "-m",
+        "pit_jax.train",
+        f"--config={CONFIG}",
+        f"--workdir={tmp_path / 'run'}",
+        "--config.data.source=file",
+    ]
+    command += [f"--config.data.path={tmp_path / 'prompts.jsonl'}", f"--config.base={base}"]
+    with openai_server.serve(lambda *_: feedback_lib.render(Feedback("w", "s", 5.0, "Tea is good."))) as server:
+        command += ["--config.critic.kind=server", "--config.critic.model=m"]
+        result = run(*command, f"--config.critic.base_url={server.base_url}", cache=cache)
+    assert result.returncode == 0, result.stderr[-3000:]
+    root = tmp_path / "run"
+    theirs, ours = (folder / "data" / "tokenizer.model" for folder in (finished_srt[0], root))
+    assert theirs.read_bytes() == ours.read_bytes()
+    results = json.loads((root / "results.json").read_text())
+    assert set(results["comparisons"]["srt_stage1_vs_base"]) == {"self_stage1"}
+    assert not any("chosen" in name for name in results["comparisons"])
+    result = run("-m", "pit_jax.evaluate", f"--workdir={root}", "--tables=all", cache=cache)
+    assert result.returncode == 0, result.stderr[-3000:]
+    results = json.loads((root / "results.json").read_text())
+    assert set(results["self_scores"]) == {"stage1", "stage2"} and "agreement" not in results["self_scores"]["stage1"]
+
+
+def test_a_base_of_another_run(finished_srt, cache, tmp_path):
     """The synthetic config from the M_base of the finished run: neither pretraining nor SFT."""
-    workdir, _ = trained
+    workdir, _ = finished_srt
     command = ("-m", "pit_jax.train", f"--config={CONFIG}", f"--workdir={tmp_path / 'run'}", "--stage=data")
     result = run(*command, f"--config.base={workdir / 'models' / 'sft_policy'}", cache=cache)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -295,8 +392,8 @@ def read_digest(root):
     return json.dumps(manifest, sort_keys=True)
 
 
-def test_a_second_start_does_nothing(trained, cache):
-    workdir, _ = trained
+def test_a_second_start_does_nothing(finished_srt, cache):
+    workdir, _ = finished_srt
     before = (workdir / "results.json").stat().st_mtime_ns
     result = run("-m", "pit_jax.train", f"--config={CONFIG}", f"--workdir={workdir}", cache=cache)
     assert result.returncode == 0 and "All stages were done before" in result.stdout

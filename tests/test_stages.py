@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -114,6 +115,60 @@ def test_a_model_is_left_behind(tmp_path):
     params = {"w": np.arange(4, dtype=np.float32)}
     workdir.save_model("r_p", params)
     np.testing.assert_array_equal(workdir.load_model("r_p", params)["w"], params["w"])
+
+
+def leave(workdir, stage):
+    """As a stage that is done."""
+    workdir.save_model(stage, {"w": np.zeros(2, np.float32)})
+    workdir.checkpoints(stage).mkdir(parents=True)
+    workdir.finish(stage, {})
+
+
+def test_a_deletion_that_is_killed_is_finished_by_the_next_start(tmp_path, monkeypatch):
+    """Marks go before folders, the last stage's first: nothing that is done was made of what is gone."""
+    workdir = Workdir(tmp_path / "w", PitConfig())
+    for stage in ("sft_policy", "r_p", "rl_policy"):
+        leave(workdir, stage)
+    unlinked = []
+    real = Path.unlink
+
+    def unlink(path, **more):
+        unlinked.append(path.name)
+        if path.name == "r_p.json":
+            raise KeyboardInterrupt
+        real(path, **more)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    with pytest.raises(KeyboardInterrupt):
+        workdir.discard("r_p", "rl_policy")
+    monkeypatch.setattr(Path, "unlink", real)
+    assert unlinked == ["rl_policy.json", "r_p.json"]
+    again = Workdir(tmp_path / "w", PitConfig())
+    assert [again.done(stage) for stage in ("sft_policy", "r_p", "rl_policy")] == [{}, None, None]
+    for folder in ("models", "checkpoints"):
+        assert {path.name for path in (tmp_path / "w" / folder).iterdir()} == {"sft_policy"}
+    assert not (tmp_path / "w" / "discarding.json").exists()
+
+
+def test_only_rounds_and_arms_are_left_by_others(tmp_path):
+    """A copy that a user keeps beside the models is not ours to delete."""
+    workdir = Workdir(tmp_path / "w", PitConfig())
+    for stage in ("sft_policy", "sft_policy_best", "rl_pit_2", "arm_longer_sft", "dpo_1"):
+        leave(workdir, stage)
+    for name in ("self_feedback_2.jsonl", "self_feedback_3.unfinished.jsonl", "my_labels.jsonl"):
+        (tmp_path / "w" / "feedback").mkdir(exist_ok=True)
+        (tmp_path / "w" / "feedback" / name).touch()
+    found = workdir.left_by_others(["sft_policy", "dpo_1"])
+    assert found == ["arm_longer_sft", "rl_pit_2", "self_feedback_2", "self_feedback_3"]
+
+
+def test_a_config_is_claimed_only_after_the_checks(tmp_path):
+    config = PitConfig()
+    Workdir(tmp_path / "w", config)
+    later = Workdir(tmp_path / "w", dataclasses.replace(config, name="other"), claim=False)
+    assert json.loads((tmp_path / "w" / "config.json").read_text())["name"] == "pit"
+    later.claim()
+    assert json.loads((tmp_path / "w" / "config.json").read_text())["name"] == "other"
 
 
 def test_candidates_replace_what_a_killed_run_left(tmp_path):

@@ -88,25 +88,24 @@ def test_score_by_hand():
 
 def test_a_critique_by_hand():
     found = critic.criticize((TEA, SILVER), "Tea now.", "Tea. #silver", np.random.default_rng(0))
-    judged = {
-        f"topic tea {met}{join}#silver {failed}."
-        for met in ("is there", "is in it", "is used")
+    ways = (
+        ("yes", "no", "Add #silver."),
+        ("holds", "fails", "Tag it with #silver."),
+        ("right", "wrong", "Put in #silver."),
+    )
+    assert (found.weaknesses, found.suggestions) in {
+        (f"topic tea {met}{join}#silver {failed}.", suggestion)
+        for met, failed, suggestion in ways
         for join in (", ", "; ", " and ")
-        for failed in ("is missing", "is not there", "is not in it")
     }
-    assert found.weaknesses in judged
-    assert found.suggestions in {"Add #silver.", "Tag it with #silver.", "Put in #silver."}
     assert found[2:] == (6, "Tea now. #silver")
 
 
 def test_wordings_for_met_and_not_met_are_told_apart():
-    assert critic.JUDGEMENTS.keys() == critic.SUGGESTIONS.keys() == CHECKS.keys()
-    met = {text for ways, _ in critic.JUDGEMENTS.values() for text in ways}
-    failed = {text for _, ways in critic.JUDGEMENTS.values() for text in ways}
-    assert not any(a.startswith(b) or b.startswith(a) for a in met for b in failed)
-    for kind in CHECKS:
-        for ways in (*critic.JUDGEMENTS[kind], critic.SUGGESTIONS[kind]):
-            assert len(set(ways)) == len(ways) >= 3, kind
+    assert critic.SUGGESTIONS.keys() == CHECKS.keys()
+    assert not any(a.startswith(b) or b.startswith(a) for a in critic.MET for b in critic.NOT_MET)
+    for ways in (critic.MET, critic.NOT_MET, critic.NOTHING_TO_CHANGE, *critic.SUGGESTIONS.values()):
+        assert len(set(ways)) == len(ways) == critic.NUM_WAYS
     suggestions = [text for ways in critic.SUGGESTIONS.values() for text in ways]
     assert len(set(suggestions)) == len(suggestions)
 
@@ -118,9 +117,8 @@ def read_judgements(requirements, text):
         name = synthetic_text.CLAUSES[r.kind].format(v=r.value) + " "
         assert text.startswith(name)
         text = text.removeprefix(name)
-        met, failed = critic.JUDGEMENTS[r.kind]
-        said = max((way for way in (*met, *failed) if text.startswith(way)), key=len)
-        verdicts.append(said in met)
+        said = next(way for way in (*critic.MET, *critic.NOT_MET) if text.startswith(way))
+        verdicts.append(said in critic.MET)
         text = text.removeprefix(said)
         text = text.removeprefix(next(j for j in (", ", "; ", " and ", ".") if text.startswith(j)))
     assert text == ""

@@ -20,7 +20,11 @@ def test_every_step_compiles_for_a_v4_slice(arguments):
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-3000:]
     temporaries = json.loads(result.stdout.splitlines()[-1])
-    steps = {f"{stage}_{optimizer}" for stage in ("sft", "r_p", "r_pit") for optimizer in ("adamw", "muon")}
-    assert set(temporaries) == steps | {"ppo_collect", "ppo_update", "difference_scores"}
+    steps = {f"{stage}_{optimizer}" for stage in ("sft", "r_p", "r_pit", "dpo") for optimizer in ("adamw", "muon")}
+    assert set(temporaries) == steps | {"ppo_collect", "ppo_update", "difference_scores", "generate_with_stop"}
     # Two forward passes of a small model need no memory beyond their arguments.
-    assert all(0 < size < 2**30 for name, size in temporaries.items() if name != "difference_scores")
+    assert all(
+        0 < size < 2**30
+        for name, size in temporaries.items()
+        if name not in ("difference_scores", "generate_with_stop")
+    )

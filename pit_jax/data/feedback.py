@@ -8,6 +8,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from pit_jax.data import templates
 from pit_jax.data.tokenizer import Tokenizer
@@ -62,14 +63,45 @@ _NAMES = {
 # Possessive repetitions (*+), so that a hostile line takes linear time.
 _GAP = r"[ \t]*+"
 _STEP = rf"(?:\(?\d{{1,2}}+[.):])?+{_GAP}"
-_LEAD = rf"{_GAP}(?P<hashes>#{{1,6}}+)?+{_GAP}{_STEP}(?P<bold>[*_]{{1,3}}+)?+{_GAP}{_STEP}"
+_BULLET = r"(?P<bullet>[-*\u2022][ \t]++(?=[*_]{2}))?+"  # before what is bold: a plain item of a list is no heading
+_LEAD = rf"{_GAP}{_BULLET}(?P<hashes>#{{1,6}}+)?+{_GAP}{_STEP}(?P<bold>[*_]{{1,3}}+)?+{_GAP}{_STEP}"
 _NAME = "|".join(f"(?P<{part}>{name})" for part, name in _NAMES.items())
-_TAIL = r"[ \t]*+(?(bold)[*_]{0,3}+)[ \t]*+(?:[:\uff1a](?(bold)[*_]{0,3}+)|(?=\\?\[)|[ \t]*+$)[ \t]*+"
-_HEADING = re.compile(_LEAD + f"(?:{_NAME})" + _TAIL, re.IGNORECASE)
+_REMARK = rf"(?(weaknesses)|(?(suggestions)|(?:{_GAP}\([^()\n]{{0,40}}+\))?+))"  # "Overall Score (1-10):"
+_END = rf"(?:[:\uff1a](?(bold)[*_]{{0,3}}+)|(?=\\?\[)|{_GAP}$)"
+_HEADING = re.compile(
+    rf"{_LEAD}(?:{_NAME}){_REMARK}{_GAP}(?(bold)[*_]{{0,3}}+){_REMARK}{_GAP}{_END}{_GAP}", re.IGNORECASE
+)
 _NUMBER = r"(\d{1,3}(?:\.\d{1,3})?)"
 _OUT_OF = r"(?:[ \t]*/[ \t]*10|[ \t]+out[ \t]+of[ \t]+10)?"
 _MARKED = re.compile(rf"\\?\[[ \t]*\\?\[[ \t*_`]*{_NUMBER}{_OUT_OF}[ \t*_`]*\\?\][ \t]*\\?\]")
 _PLAIN = re.compile(rf"[ \t*_`\[]*{_NUMBER}{_OUT_OF}[ \t*_`\].]*(?:\n|$)")
+_IN_REMARK = re.compile(rf"\([ \t]*{_NUMBER}{_OUT_OF}[ \t]*\)")
+
+
+class _Heading(NamedTuple):
+    part: str
+    start: int
+    body: int
+    line: str
+    hashes: bool
+    bullet: bool
+    strong: bool
+
+
+def _headings(text: str) -> list[_Heading]:
+    found = []
+    at = 0
+    for line in text.split("\n"):
+        match = _HEADING.match(line)
+        if match and line.strip():
+            part = next(name for name in _NAMES if match[name])
+            strong = bool(match["hashes"] or match["bold"] or "overall" in match[0].lower())
+            kinds = bool(match["hashes"]), bool(match["bullet"]), strong
+            found.append(_Heading(part, at, at + match.end(), match[0], *kinds))
+        at += len(line) + 1
+    # Points of a list may be named as parts are: they head a part only where nothing else does.
+    plain = {heading.part for heading in found if not heading.bullet}
+    return [heading for heading in found if not heading.bullet or heading.part not in plain]
 
 
 def parse(text: str) -> Feedback:
@@ -77,9 +109,10 @@ def parse(text: str) -> Feedback:
 
     A heading stands at the start of a line: "### Improved Response", "###Improved Response", "**Weaknesses:**",
     "2. Offer Actionable Advice:". A score is "Overall Score: [[7]]", also with the number on the next line, without
-    brackets or out of 10; of several the last before the refinement counts. What follows the heading of the refinement
-    is the refinement as it is, whatever it says; where the score comes last, up to that. Thoughts between <think> and
-    </think> are not part of the critique.
+    brackets or out of 10; of several the last before the refinement counts, a marked one before one that is not. What
+    follows the heading of the refinement is the refinement as it is, whatever it says; where the score comes last, up
+    to that: a line that has [[7]], or that ends the text and is no plain line such as "Score: 3". Thoughts between
+    <think> and </think> are not part of the critique.
 
     Args:
       text: what the critic wrote; any text.
@@ -92,37 +125,44 @@ def parse(text: str) -> Feedback:
         if not end:
             return Feedback()  # cut off while it was thinking
     text = text.replace("\r\n", "\n")
-    headings = []  # (part, start of its line, start of what it heads, whether it has hashes)
-    at = 0
-    for line in text.split("\n"):
-        match = _HEADING.match(line)
-        if match and line.strip():
-            part = next(name for name in _NAMES if match[name])
-            headings.append((part, at, at + match.end(), bool(match["hashes"])))
-        at += len(line) + 1
+    headings = _headings(text)
+    end_of = lambda i: headings[i + 1].start if i + 1 < len(headings) else len(text)  # noqa: E731
 
-    def score_of(start: int, stop: int) -> float | None:
-        found = _MARKED.findall(text[start:stop])
-        plain = _PLAIN.match(text[start:stop].lstrip("\n"))
-        number = found[-1] if found else plain[1] if plain else None
+    def score_of(heading: _Heading, body: str) -> tuple[float | None, bool]:
+        """(score, whether it is marked)."""
+        marked, plain = _MARKED.findall(body), _PLAIN.match(body.lstrip("\n"))
+        beside = _IN_REMARK.search(heading.line)
+        number = marked[-1] if marked else plain[1] if plain else beside[1] if beside else None
         value = float(number) if number is not None else None
-        return value if value is not None and MIN_SCORE <= value <= MAX_SCORE else None
+        return (value if value is not None and MIN_SCORE <= value <= MAX_SCORE else None), bool(marked)
 
+    def is_last(i: int) -> bool:
+        """Whether a score behind the refinement is the critique's: answers have lines such as "Score: 3" too."""
+        body = text[headings[i].body : end_of(i)]
+        first, _, rest = body.lstrip("\n").partition("\n")
+        value, marked = score_of(headings[i], first)
+        return value is not None and (marked or (headings[i].strong and not rest.strip()))
+
+    final = max((i for i, heading in enumerate(headings) if heading.part == "refinement"), default=len(headings))
+    headings = [h for i, h in enumerate(headings) if h.part != "score" or i < final or is_last(i)]
     # The refinement is behind the score; one heading with hashes wins over others, such as a step that is named first.
-    scored = [i for i, heading in enumerate(headings) if heading[0] == "score"]
-    ends = [i for i, heading in enumerate(headings) if heading[0] == "refinement" and (not scored or i > scored[0])]
-    empty = lambda i: i + 1 < len(headings) and not text[headings[i][2] : headings[i + 1][1]].strip()  # noqa: E731
-    last = next((i for i in ends if headings[i][3] or not empty(i)), ends[0] if ends else len(headings))
+    scored = [i for i, heading in enumerate(headings) if heading.part == "score"]
+    ends = [i for i, h in enumerate(headings) if h.part == "refinement" and (not scored or i > scored[0])]
+    empty = lambda i: i + 1 < len(headings) and not text[headings[i].body : headings[i + 1].start].strip()  # noqa: E731
+    hashed, full = [i for i in ends if headings[i].hashes], [i for i in ends if not empty(i)]
+    last = next(iter([*hashed, *full, *ends]), len(headings))
     found: dict[str, str | float | None] = {}
-    for i, (part, _, start, _) in enumerate(headings[:last]):
-        stop = headings[i + 1][1] if i + 1 < len(headings) else len(text)
-        if part == "score":
-            value = score_of(start, stop)
-            found["score"] = value if value is not None else found.get("score")
-        elif part in PARTS and text[start:stop].strip():
-            found.setdefault(part, text[start:stop].strip())
+    is_marked = False
+    for i, heading in enumerate(headings[:last]):
+        body = text[heading.body : end_of(i)]
+        if heading.part == "score":
+            value, marked = score_of(heading, body)
+            if value is not None and marked >= is_marked:
+                found["score"], is_marked = value, marked
+        elif heading.part in PARTS and body.strip():
+            found.setdefault(heading.part, body.strip())
     if last < len(headings):
-        found["refinement"] = text[headings[last][2] :].strip()
+        found["refinement"] = text[headings[last].body :].strip()
     return Feedback(**found)
 
 
@@ -227,6 +267,14 @@ class Form:
         """The ids before the refinement: where a critique is whole."""
         return self._literal_before("refinement")
 
+    def critique(self, feedback: Feedback) -> list[int]:
+        """What stands between `feedback_begins` and the refinement, with the words that announce it."""
+        fields = self._values("", "", feedback)
+        start = len(self.feedback_prompt("", ""))
+        return templates.fill(self.tokenizer, self._parts[: self._parts.index(("field", "refinement"))], **fields)[
+            start:
+        ]
+
     @property
     def feedback_begins_text(self) -> str:
         """The same as `feedback_begins` in words, so that a critique is parsed with its first heading."""
@@ -247,8 +295,7 @@ class Form:
           feedback: f and r; all parts that the form has must be there.
           learn: fields with loss.
         """
-        score = "" if feedback.score is None else number(feedback.score)
-        values = {"prompt": prompt, "response": response} | dataclasses.asdict(feedback) | {"score": score}
+        values = self._values(prompt, response, feedback)
         turns: list[list[int]] = [[]]
         pending: list[int] = []
         learnt = False
@@ -264,6 +311,11 @@ class Form:
             pending = []
         self._add(turns, pending, learnt)  # EOS
         return turns
+
+    @staticmethod
+    def _values(prompt: str, response: str | Sequence[int], feedback: Feedback) -> dict:
+        score = "" if feedback.score is None else number(feedback.score)
+        return {"prompt": prompt, "response": response} | dataclasses.asdict(feedback) | {"score": score}
 
     @staticmethod
     def _add(turns: list[list[int]], ids: Sequence[int], learnt: bool) -> None:
@@ -283,4 +335,8 @@ class Form:
         return templates.fill(self.tokenizer, self._parts[:index], **values)
 
     def _literal_before(self, field: str) -> tuple[int, ...]:
-        return self._parts[self._parts.index(("field", field)) - 1][1]
+        """All ids between a field and the one before it: words, and EOS where the template ends a turn there."""
+        end = start = self._parts.index(("field", field))
+        while self._parts[start - 1][0] == "ids":
+            start -= 1
+        return tuple(i for _, ids in self._parts[start:end] for i in ids)

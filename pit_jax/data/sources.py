@@ -171,7 +171,7 @@ def _requirements(row: dict[str, Any], where: str) -> tuple[Requirement, ...]:
     return tuple(found)
 
 
-def read_jsonl(path: str | Path, *, drop_empty: bool = False) -> tuple[Rows, Counts]:
+def read_jsonl(path: str | Path, *, drop_empty: bool = False, answers: bool = True) -> tuple[Rows, Counts]:
     """Rows {"prompt", "chosen", "rejected"[, "reflection"][, "requirements": [{"kind"[, "value"]}, ...]]}.
 
     Texts stay as they are, other fields are not looked at. Requirements are in all rows or in none. Pairs of equal
@@ -181,6 +181,7 @@ def read_jsonl(path: str | Path, *, drop_empty: bool = False) -> tuple[Rows, Cou
       path: a file, or a folder whose files (also in subfolders) are read in the order of their names; .gz and .xz are
         decompressed.
       drop_empty: drops and counts rows with an empty answer, which are otherwise an error.
+      answers: False: rows may be prompts without chosen and rejected, all of them or none; both are then empty.
 
     Returns:
       (rows, number of dropped rows by cause).
@@ -190,24 +191,33 @@ def read_jsonl(path: str | Path, *, drop_empty: bool = False) -> tuple[Rows, Cou
     """
     rows, counts = [], collections.Counter()
     for where, row in _lines(path):
-        texts = {field: string_field(row, field, where) for field in ("prompt", "chosen", "rejected")}
+        bare = not answers and all(row.get(field, "") == "" for field in ("chosen", "rejected"))
+        fields = ("prompt",) if bare else ("prompt", "chosen", "rejected")
+        texts = {field: string_field(row, field, where) for field in fields}
         empty = [field for field, text in texts.items() if not text.strip()]
         if empty == ["prompt"] or (empty and not drop_empty):
             raise DataError(f"{where}: field {empty[0]!r} is empty")
         example = PreferenceExample(
-            **texts,
+            **{"chosen": "", "rejected": ""} | texts,
             reflection=string_field(row, "reflection", where, ""),
             requirements=_requirements(row, where),
         )
         if empty:
             counts[EMPTY_ANSWER] += 1
-        elif example.chosen == example.rejected:
+        elif example.chosen == example.rejected and not bare:
             counts[SAME_ANSWERS] += 1
+        elif rows and bare != has_no_answers(rows[:1]):
+            raise DataError(f"{where}: fields 'chosen' and 'rejected' must be in all rows or in none")
         elif rows and bool(example.requirements) != bool(rows[0].requirements):
             raise DataError(f"{where}: field 'requirements' must be in all rows or in none")
         else:
             rows.append(example)
     return _some(path, rows, counts)
+
+
+def has_no_answers(rows: Sequence[PreferenceExample]) -> bool:
+    """Whether rows are prompts alone."""
+    return bool(rows) and not rows[0].chosen
 
 
 _HUMAN = re.compile(r"\n*Human: ")
@@ -286,13 +296,14 @@ def detect_format(path: str | Path) -> str:
     )
 
 
-def read(path: str | Path, format: str = "auto") -> tuple[Rows, Counts]:
+def read(path: str | Path, format: str = "auto", *, answers: bool = True) -> tuple[Rows, Counts]:
     """Reads preference rows.
 
     Args:
       path: a file, or a folder whose files (also in subfolders) are read in the order of their names; .gz and .xz are
         decompressed.
       format: jsonl, hh_rlhf, or auto, which looks at the first row.
+      answers: False: prompts alone will do, see `read_jsonl`.
 
     Returns:
       (rows, number of dropped rows by cause).
@@ -302,7 +313,8 @@ def read(path: str | Path, format: str = "auto") -> tuple[Rows, Counts]:
     """
     if format != "auto" and format not in FORMATS:
         raise DataError(f"format is {format!r}: use auto, {' or '.join(FORMATS)}")
-    return FORMATS[detect_format(path) if format == "auto" else format](path)
+    format = detect_format(path) if format == "auto" else format
+    return read_jsonl(path, answers=answers) if format == "jsonl" else FORMATS[format](path)
 
 
 def _prompt_groups(rows: Sequence[PreferenceExample], seed: int, purpose: str) -> list[list[int]]:
@@ -320,21 +332,22 @@ def _prompt_groups(rows: Sequence[PreferenceExample], seed: int, purpose: str) -
     return [groups[turn] for turn in sorted(groups, key=key)]
 
 
-def folds(rows: Sequence[PreferenceExample], seed: int) -> tuple[Rows, Rows, Rows]:
-    """Three equal parts, for SFT, reward models and RL (PIT section 4.1), that share no prompt and no first turn.
+def folds(rows: Sequence[PreferenceExample], seed: int, num_parts: int = 3) -> list[Rows]:
+    """Equal parts, by default for SFT, reward models and RL (PIT section 4.1), that share no prompt and no first turn.
 
     First turns are dealt in the order of a hash, the most frequent first, each to the smallest part, so sizes differ by
     at most one row where first turns do not repeat, and by at most the rows of one first turn otherwise. Within a part
     rows keep their order.
     """
     groups = sorted(_prompt_groups(rows, seed, "folds"), key=len, reverse=True)  # stable: hash order within a size
-    parts: list[list[int]] = [[], [], []]
+    parts: list[list[int]] = [[] for _ in range(num_parts)]
     for group in groups:
         min(parts, key=len).extend(group)
     if not all(parts):
-        raise DataError(f"{len(groups)} different prompts cannot be dealt into three parts; at least three are needed")
-    first, second, third = ([rows[i] for i in sorted(part)] for part in parts)
-    return first, second, third
+        raise DataError(
+            f"{len(groups)} different prompts cannot be dealt into {num_parts} parts; at least {num_parts} are needed"
+        )
+    return [[rows[i] for i in sorted(part)] for part in parts]
 
 
 def split_off(

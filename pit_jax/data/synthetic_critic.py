@@ -22,24 +22,18 @@ from typing import NamedTuple
 import numpy as np
 
 from pit_jax.data import synthetic_text as text_of
-from pit_jax.data.synthetic_answers import pick
 from pit_jax.data.verifier import hashtags, verify, words
 from pit_jax.types import Requirement
 
 # Feedback -------------------------------------------------------------------------------------------------------------
 
-_THERE = ("is there", "is in it", "is used"), ("is missing", "is not there", "is not in it")
-_KEPT = ("is kept", "is met", "holds"), ("is broken", "is not met", "fails")
-_RIGHT = ("is right", "is fine", "is done"), ("is not right", "is wrong", "is not done")
-_FIT = ("are right", "are kept", "fit"), ("are wrong", "are not kept", "do not fit")  # what has a plural name
-JUDGEMENTS = dict.fromkeys(text_of.CLAUSES, _RIGHT) | (
-    dict.fromkeys(("topic", "contains", "hashtag"), _THERE)
-    | dict.fromkeys(("avoids", "no_commas", "upper_case", "lower_case", "starts_with", "ends_with", "numbered"), _KEPT)
-    | dict.fromkeys(("hashtags", "exactly_words", "at_most_words", "sentences", "bullets"), _FIT)
-    | dict.fromkeys(("quotes", "parentheses", "html_italic"), _FIT)
-)
-"""kind -> (what is said of it where it is met, where it is not); only a word that must appear is called missing,
-since an answer may hold a question mark or a broken tag and still fail."""
+NUM_WAYS = 3
+"""Ways of speaking: each of the lists below has one entry for each of them."""
+
+MET, NOT_MET = ("yes", "holds", "right"), ("no", "fails", "wrong")
+"""What is said of a requirement, right behind its name, in one word as in a reflection. With "is there" and "is not
+there", of which only the second word judges, a model of four layers learnt little more than how often each kind fails:
+probably since no layer is left to pass on what it found at the name."""
 
 JOINS = ((", ", ", "), ("; ", "; "), (", ", " and "))
 """(between two judgements, before the last one). None may say which way the next judgement goes, such as "but"."""
@@ -131,8 +125,8 @@ def criticize(
         is there already.
 
     Returns:
-      For "Tea now." with the topic tea and the hashtag silver: ("topic tea is there, #silver is missing.",
-      "Add #silver.", 6, "Tea now. #silver").
+      For "Tea now." with the topic tea and the hashtag silver: ("topic tea yes, #silver no.", "Add #silver.", 6,
+      "Tea now. #silver").
 
     Raises:
       ValueError: where nothing is required, or `chosen` is needed and does not meet all.
@@ -141,12 +135,13 @@ def criticize(
     if not met:
         raise ValueError("there is nothing to judge: a synthetic row has requirements")
     believed = met if believed is None else believed
+    # One way of speaking for a whole critique: each further choice of words would be noise to a model that learns it.
+    way, (between, before_last) = int(rng.integers(NUM_WAYS)), JOINS[rng.integers(len(JOINS))]
     judged, suggested = [], []
     for r, ok in zip(requirements, believed, strict=True):
-        judged.append(f"{text_of.CLAUSES[r.kind].format(v=r.value)} {pick(rng, JUDGEMENTS[r.kind][0 if ok else 1])}")
+        judged.append(f"{text_of.CLAUSES[r.kind].format(v=r.value)} {(MET if ok else NOT_MET)[way]}")
         if not ok:
-            suggested.append(pick(rng, SUGGESTIONS[r.kind]).format(v=r.value))
-    between, before_last = pick(rng, JOINS)
+            suggested.append(SUGGESTIONS[r.kind][way].format(v=r.value))
     weaknesses = before_last.join([between.join(judged[:-1]), judged[-1]] if len(judged) > 1 else judged) + "."
     seen = [r for r, ok, taken in zip(requirements, met, believed, strict=True) if ok or not taken]
     refinement = repair(seen, response) if seen and not all(believed) else response
@@ -154,15 +149,14 @@ def criticize(
         if not all(verify(requirements, chosen)):
             raise ValueError(f"the chosen answer {chosen!r} does not meet {requirements}")
         refinement = chosen
-    suggestions = " ".join(suggested) or pick(rng, NOTHING_TO_CHANGE)
+    suggestions = " ".join(suggested) or NOTHING_TO_CHANGE[way]
     return Critique(weaknesses, suggestions, score_of(believed), refinement)
 
 
 def wordings() -> list[str]:
     """All literal texts that feedback is written with, for training a vocabulary; values are left out."""
     texts = [*text_of.CLAUSES.values(), *NOTHING_TO_CHANGE, *(text for pair in JOINS for text in pair)]
-    texts += [text for pair in (_THERE, _KEPT, _RIGHT, _FIT) for texts_of in pair for text in texts_of]
-    texts += [text for ways in SUGGESTIONS.values() for text in ways]
+    texts += [*MET, *NOT_MET, *(text for ways in SUGGESTIONS.values() for text in ways)]
     return list(dict.fromkeys(text.replace("{v}", "").strip() for text in texts))
 
 

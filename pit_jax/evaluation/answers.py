@@ -84,7 +84,8 @@ class Maker:
         return self.context.config.evaluation.temperature if plan.temperature is None else plan.temperature
 
     def _spec(self, plan: Plan) -> Spec:
-        spec: Spec = {"method": plan.method, "prompts": self.prompts, "form": self.context.encoder.digest}
+        form = improve.form_of(self.context, plan.method)
+        spec: Spec = {"method": plan.method, "prompts": self.prompts, "form": form.pop("templates")} | form
         if plan.method in ("chosen", "rejected"):
             return spec
         spec |= {

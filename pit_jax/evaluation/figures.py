@@ -31,13 +31,17 @@ _NAMES = {
     "rl_pit_2": "first and second RL",
     "arm_second_rl_only": "second RL only",
     "rl_policy": "RL of M_P",
+    "stage1": "stage 1",
+    "stage2": "stage 2",
+    "self_stage1": "M_self, stage 1",
+    "self_stage2": "M_self, stage 2",
     "srt_stage1": "SRT stage 1",
     "srt_stage2": "SRT stage 2",
     "base": "M_base",
     "base_greedy": "M_base, greedy",
     "refined_base": "M_base refined",
-    "answer1": "stage 1, before refinement",
-    "answer2": "stage 2, before refinement",
+    "answer1": "stage 1's answer",
+    "answer2": "stage 2's answer",
     "srt_rerank": "best of N by self-score",
     "rerank": "best of N by self-score",
 }
@@ -126,7 +130,8 @@ def captions(results: dict) -> dict[str, tuple[str, str]]:
     bars = "Bars are 95% intervals."
     if has("comparisons"):
         n = _ns(s for judges in results["comparisons"].values() for s in judges.values())
-        found["win_rates"] = ("Who wins, by judge (Tables 1 and 2)", f"{delta} {bars} {n}.")
+        where = "SRT Table 3" if has("srt") else "Tables 1 and 2"
+        found["win_rates"] = (f"Who wins, by judge ({where})", f"{delta} {bars} {n}.")
     if has("gap_distributions"):
         n = results.get("reward_models", {}).get("r_pit", {}).get("n")
         of = f" {n:,} labelled pairs." if n else ""
@@ -166,9 +171,9 @@ def captions(results: dict) -> dict[str, tuple[str, str]]:
     if _measures(results.get("iterations", {})):
         n = _ns(s for rows in results["iterations"].values() for row in rows for s in (row.get("delta") or {}).values())
         found["iterations"] = (
-            "Iterations, and the same at equal cost (section 4.7)",
-            f"Left by iteration, right by tokens read and written per prompt. {delta} The second is the original "
-            f"answer. {bars} {n}.",
+            f"Iterations, and the same at equal cost ({tables.iterated_section(results['iterations'])})",
+            f"Left by iteration, right by tokens read and written per prompt. {delta} The second is "
+            f"{tables.iterated_against(results['iterations'])}. {bars} {n}.",
         )
     if has("self_scores"):
         of = results["self_scores"]
@@ -182,6 +187,12 @@ def captions(results: dict) -> dict[str, tuple[str, str]]:
                 "Refinements by their score (SRT Figure 6)",
                 "Share of requirements met by the refinements that get this score; larger points are more of them.",
             )
+    if points := _sequences(results):
+        n = _ns(s for _, judges in points for s in judges.values())
+        found["srt_sequences"] = (
+            "How many sequences stage 1 learns from (SRT Figure 5)",
+            f"Refinements of SRT stage 1 against M_base. {delta} {bars} {n}.",
+        )
     if any(_rated(of) for of in results.get("ratings", {}).values()):
         n = ", ".join(
             f"{judge}: {of['num_comparisons']:,} comparisons"
@@ -208,7 +219,7 @@ def _win_rates(results: dict):
     axis.set_ylim(-0.6, len(names) - 0.4)
     axis.tick_params(axis="y", length=0)
     axis.grid(axis="y", visible=False)
-    axis.set_xlabel("delta: win − lose (points of percent)")
+    axis.set_xlabel("delta (points of percent)")
     _legend(figure, axes)
     return figure
 
@@ -406,7 +417,7 @@ def _srt_scores(results: dict):
             x = np.arange(1, len(counts) + 1) + (i - 0.5) * 0.4
             label = {"answer": "own answers", "refinement": "refinements"}.get(side, side)
             axis.bar(x, counts, 0.38, color=SERIES[i % len(SERIES)], label=label)
-        axis.set_title(f"SRT {proper(name).replace('stage', 'stage ')}")
+        axis.set_title(f"SRT {proper(name)}")
         axis.set_ylabel("prompts")
         axis.set_xticks(range(1, 11))
     axes[-1, 0].set_xlabel("score")
@@ -421,7 +432,7 @@ def _srt_quality(results: dict):
         rows = found.get("quality") or []
         total = sum(row["n"] for row in rows) or 1
         x, y = [row["score"] for row in rows], [100 * row["share_met"] for row in rows]
-        label = f"SRT {proper(name).replace('stage', 'stage ')}"
+        label = f"SRT {proper(name)}"
         color = SERIES[i % len(SERIES)]
         axis.plot(x, y, color=color, linestyle=_STYLES[i % len(_STYLES)], linewidth=1.2, label=label)
         sizes = [10 + 90 * row["n"] / total for row in rows]
@@ -433,7 +444,38 @@ def _srt_quality(results: dict):
     return figure
 
 
+def _sequences(results: dict) -> list[tuple[int, dict]]:
+    """(sequences, judge -> summary against M_base) of stage 1 and its arms on fewer; none where there are no arms."""
+    stages, comparisons = results.get("stages", {}), results.get("comparisons", {})
+    found = [
+        (stages[stage]["rows"], comparisons[name])
+        for stage, name in SEQUENCES.items()
+        if name in comparisons and "rows" in stages.get(stage, {})
+    ]
+    return sorted(found, key=lambda point: point[0]) if len(found) > 1 else []
+
+
+SEQUENCES = {"arm_quarter": "quarter_vs_base", "arm_half": "half_vs_base", "srt": "srt_stage1_vs_base"}
+"""Stage -> what its refinements are compared in."""
+
+
+def _srt_sequences(results: dict):
+    points = _sequences(results)
+    figure, axes = _panels(1, 1, [2.0])
+    axis = axes[0, 0]
+    for i, judge in enumerate(_judges(dict(enumerate(judges for _, judges in points)))):
+        x = [n for n, judges in points if judge in judges]
+        found = [judges[judge] for _, judges in points if judge in judges]
+        _intervals(axis, x, [100 * s["delta"] for s in found], found, i, proper(judge), True, line="yes")
+    axis.axhline(0, color=QUIET, linewidth=0.7)
+    axis.set_xlabel("sequences")
+    axis.set_ylabel("delta (%)")
+    _legend(figure, axes)
+    return figure
+
+
 _FIGURES = {
+    "srt_sequences": _srt_sequences,
     "srt_scores": _srt_scores,
     "srt_quality": _srt_quality,
     "win_rates": _win_rates,

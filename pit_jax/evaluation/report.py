@@ -37,8 +37,8 @@ def render(results: Mapping, config: Mapping, samples: Sequence[Mapping], figure
       config: of the run, as in config.json.
       samples: one dict per test prompt: prompt, requirements [[kind, value]], answers {name: text}, and where known
         met {name: [bool]}, scores {judge: {name: float}}, chains {method: [name, ...]}, each answer made from the one
-        before it, and verdicts {judge: {"pit_vs_original": 1, 0, -1 or None}}. Without a verdict the scores decide who
-        is ahead.
+        before it, feedback {name: the critique that the answer follows}, and verdicts {judge: {"pit_vs_original": 1,
+        0, -1 or None}}. Without a verdict the scores decide who is ahead.
       figures: name -> SVG, as `figures.draw` returns them; may be empty.
 
     Returns:
@@ -135,8 +135,10 @@ def headlines(results: Mapping) -> list[Headline]:
     if base.get("all_met") is not None and refined.get("all_met") is not None:
         values = [base["all_met"], refined["all_met"], answers.get("srt_stage2", {}).get("all_met")]
         value = " → ".join(_short(x) for x in values if x is not None)
-        details = (f"stage 1: of failing answers {_short(refined.get('fixed'))} fixed",)
-        found.append(Headline(value, "meet every requirement, M_base → SRT", details))
+        names = " → ".join(["M_base", "stage 1", "stage 2"][: value.count("→") + 1])
+        mended = answers.get("refined_base", {}).get("fixed")
+        details = () if mended is None else (f"of M_base's failing answers stage 1 mends {_short(mended)}",)
+        found.append(Headline(value, f"meet every requirement, {names}", details))
     if results.get("srt", {}).get("parse_rate") is not None:
         found.append(
             Headline(_short(results["srt"]["parse_rate"]), "of critiques on the test prompts end in a refinement", ())
@@ -277,6 +279,7 @@ def _samples(samples: Sequence[Mapping]) -> tuple[dict, str]:
                     key=tables.place)  # fmt: skip
     chains = _chains(samples, names)
     frame = {
+        "original": next((name for name in ("original", "base") if name in names), "original"),
         "names": names,
         "labels": [proper(name) for name in names],
         "judges": judges,
@@ -334,7 +337,7 @@ def _row(i: int, sample: Mapping, names: list[str], judges: list[str], chains: M
         for before, after in zip(chain, chain[1:], strict=False)
         if before in answers and after in answers
     }
-    met, scores = sample.get("met") or {}, sample.get("scores") or {}
+    met, scores, feedback = (sample.get(key) or {} for key in ("met", "scores", "feedback"))
     return {
         "i": i,
         "p": _cut(sample["prompt"]),
@@ -344,7 +347,7 @@ def _row(i: int, sample: Mapping, names: list[str], judges: list[str], chains: M
         "m": ["".join("01"[bool(x)] for x in met[name]) if name in met else None for name in names],
         "s": [[_score(scores.get(judge, {}).get(name)) for name in names] for judge in judges],
         "v": sample.get("verdicts") or {},
-    }
+    } | ({"f": [_cut(feedback[name]) if name in feedback else None for name in names]} if feedback else {})
 
 
 def _requirement(kind: str, value: str) -> str:

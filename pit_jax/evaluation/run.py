@@ -22,7 +22,7 @@ from pit_jax.evaluation.judges import Judge
 from pit_jax.evaluation.store import AnswerSet
 from pit_jax.evaluation.win_rate import Verdicts
 from pit_jax.files import read_json, write_json_atomic, write_text_atomic
-from pit_jax.pipelines import common
+from pit_jax.pipelines import common, improve
 from pit_jax.pipelines.common import Context
 
 
@@ -39,7 +39,7 @@ class System(NamedTuple):
       truth: (context) -> name of the judge that others are measured by.
       comparisons: name -> (first, second) sets of answers.
       original: name of the set that is improved.
-      improved: name of the set whose samples are printed.
+      shown: (label, name) of sets whose samples are printed, each made of the one before.
       repeated: iterations of it, NAME_iteration_K, are compared with the original too.
       chains: (evaluation) -> method -> names of y_0, y_1, ..., those that were made.
       stages: (config) -> names of all stages that may be done, with arms.
@@ -54,7 +54,7 @@ class System(NamedTuple):
     truth: Callable[["Evaluation"], str]
     comparisons: Mapping[str, tuple[str, str]]
     original: str
-    improved: str
+    shown: tuple[tuple[str, str], ...]
     repeated: str
     chains: Callable[["Evaluation"], dict[str, list[str]]]
     stages: Callable[[Any], list[str]]
@@ -171,7 +171,9 @@ def write(run: Evaluation, command: str = "") -> None:
     """
     started, context = time.perf_counter(), run.context
     models = {name: context.workdir.model_digest(name) for name in _model_stages(run)}
-    settings = store.digest([dataclasses.asdict(context.config.evaluation), context.encoder.digest])
+    form = improve.form_of(context)
+    asked = [dataclasses.asdict(context.config.evaluation), form.pop("templates"), *([form] if form else [])]
+    settings = store.digest(asked)
     earlier = _earlier(context.workdir.root, models, settings)
     results: dict[str, Any] = {"name": context.config.name, "seed": context.config.seed, "models": models}
     results |= {"temperature": context.config.evaluation.temperature, "settings": settings}
@@ -225,7 +227,7 @@ def _with_earlier(lines: list[dict], path: Path | None) -> list[dict]:
     before = {line["prompt"]: line for line in map(json.loads, path.read_text("utf-8").split("\n")[:-1])}
     for line in lines:
         old = before.get(line["prompt"], {})
-        for key in ("answers", "chains", "met"):
+        for key in ("answers", "chains", "met", "feedback"):
             if key in line or key in old:
                 line[key] = old.get(key, {}) | line.get(key, {})
         for key in ("scores", "verdicts"):
@@ -414,6 +416,8 @@ def sample_lines(run: Evaluation) -> list[dict]:
                 for judge, by_pair in outcomes.items()
             },
         }
+        if feedback := {name: made.steps[i].feedback for name, made in sets.items() if made.steps[i].feedback}:
+            line["feedback"] = feedback
         if row.requirements:
             line["met"] = {n: list(verifier.verify(row.requirements, made.texts[i])) for n, made in sets.items()}
         lines.append(line)
@@ -423,10 +427,11 @@ def sample_lines(run: Evaluation) -> list[dict]:
 def _print_samples(run: Evaluation) -> None:
     """A few improved answers as they are, from evenly spaced prompts."""
     rows, sets = run.rows, run.maker.sets
-    n = min(run.context.config.evaluation.show_samples, len(rows)) if run.system.improved in sets else 0
+    shown = [(label, sets[name]) for label, name in run.system.shown if name in sets]
+    n = min(run.context.config.evaluation.show_samples, len(rows)) if len(shown) == len(run.system.shown) else 0
     for i in range(0, len(rows), max(1, len(rows) // max(n, 1)))[:n]:
         print(f"  prompt:   {rows[i].prompt}")
-        for label, made in (("original", sets[run.system.original]), ("improved", sets[run.system.improved])):
+        for label, made in shown:
             met = ""
             if rows[i].requirements:
                 checks = verifier.verify(rows[i].requirements, made.texts[i])

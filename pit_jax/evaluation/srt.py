@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pit_jax.config import SrtConfig
+from pit_jax.data import sources
 from pit_jax.evaluation import agreement, answers, judges as judging, store
 from pit_jax.evaluation.answers import Maker, Plan
 from pit_jax.evaluation.judges import Judge
@@ -35,7 +36,7 @@ def make_judge(context: Context, name: str, maker: Maker) -> Judge | None:
         replies = model.score([row.prompt for row in maker.rows], made.ids)
         return [reply.feedback.score or 0.0 for reply in replies]
 
-    spec = {"judge": name, "model": context.workdir.model_digest(stage)}
+    spec = {"judge": name, "model": context.workdir.model_digest(stage)} | srt.form_of(context)
     return judging.by_scores(name, root, spec, score, None)
 
 
@@ -47,8 +48,8 @@ def _stages(run: Evaluation) -> list[tuple[str, str]]:
 
 def _plans(run: Evaluation, iterations: int = 1) -> list[Plan]:
     """Answers of M_base, and of each M_self: its own answer, and refinements of it."""
-    plans = [
-        Plan("chosen", "chosen"),
+    plans = [] if sources.has_no_answers(run.rows) else [Plan("chosen", "chosen")]
+    plans += [
         Plan("base", "policy", "sft_policy"),
         Plan("base_greedy", "policy", "sft_policy", temperature=0.0),  # refinements are greedy too
         Plan("refined_base", "srt", "srt", "base"),
@@ -73,7 +74,9 @@ def win_rates(run: Evaluation) -> dict:
             "parse_rates": {name: float(np.mean(x)) for name, x in parsed.items()},
             "counts": {stage: done(stage)["causes"] for stage in stages},
             "feedback": {
-                stage: {key: record[key] for key in FEEDBACK_KEYS} for stage in stages if (record := done(stage))
+                stage: {key: record[key] for key in FEEDBACK_KEYS if key in record}
+                for stage in stages
+                if (record := done(stage))
             },
         },
     }
@@ -88,6 +91,7 @@ FEEDBACK_KEYS = (
     "histograms",
     "read",
     "written",
+    "truth",  # where there is a verifier
 )
 
 
@@ -105,23 +109,26 @@ def _comparisons(run: Evaluation, names: Sequence[str]) -> dict:
 def self_scores(run: Evaluation) -> dict:
     """self_scores of results.json: agreement of M_self's scores with the labels (Table 5), what it gives to answers and
     refinements (Figure 3), and how good refinements of each score are (Figure 6)."""
-    for plan in [Plan("chosen", "chosen"), Plan("rejected", "rejected"), *_plans(run)]:
+    labelled = not sources.has_no_answers(run.rows)
+    for plan in [*([Plan("rejected", "rejected")] if labelled else []), *_plans(run)]:
         run.maker.make(plan)
     found = {}
     for number, (name, _) in enumerate(_stages(run), 1):
         judge = make_judge(run.context, f"self_{name}", run.maker)
-        chosen, rejected = (judge.scores(run.maker[side]) for side in ("chosen", "rejected"))
+        sides = [judge.scores(run.maker[side]) for side in ("chosen", "rejected")] if labelled else []
         scored = [judge.scores(run.maker[made]) for made in (f"answer{number}", f"srt_{name}")]
         found[name] = {
-            # A tie is an error, as in the paper, and so is a pair of which a score is missing.
-            "agreement": agreement.accuracy(np.where(rejected > 0, chosen, 0.0), np.where(chosen > 0, rejected, 1.0)),
-            "ties": float(np.mean(chosen == rejected)),
-            "no_score": int(sum(np.sum(x == 0) for x in (chosen, rejected, *scored))),
+            "no_score": int(sum(np.sum(x == 0) for x in (*sides, *scored))),
             "histograms": {
                 made: [int(np.sum(np.round(x) == k)) for k in range(1, 11)]
                 for made, x in zip(("answer", "refinement"), scored, strict=True)
             },
         }
+        if labelled:
+            chosen, rejected = sides
+            # A tie is an error, as in the paper, and so is a pair of which a score is missing.
+            both = np.where(rejected > 0, chosen, 0.0), np.where(chosen > 0, rejected, 1.0)
+            found[name] |= {"agreement": agreement.accuracy(*both), "ties": float(np.mean(chosen == rejected))}
         if run.verifiable:
             truth = run.truth.scores(run.maker[f"srt_{name}"])
             found[name]["quality"] = [
@@ -244,7 +251,7 @@ SYSTEM = System(
     truth=lambda run: "verifier" if run.verifiable else "self_stage1",
     comparisons=COMPARISONS,
     original="base",
-    improved="srt_stage1",
+    shown=(("response", "answer1"), ("refined ", "srt_stage1")),
     repeated="srt_stage1",
     chains=_sample_chains,
     stages=_stage_names,

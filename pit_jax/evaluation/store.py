@@ -85,6 +85,7 @@ def answers(
         line = {"row": i, "text": answer, "ids": list(step.ids), "read": step.read, "written": step.written}
         line |= {"scored": step.scored} if step.scored else {}
         line |= {} if step.parsed else {"parsed": False}
+        line |= {"feedback": step.feedback} if step.feedback else {}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     write_text_atomic(path, "".join(lines))
     return AnswerSet(name, spec, steps, texts, seconds)
@@ -100,7 +101,11 @@ def read_answers(path: Path, name: str) -> AnswerSet:
         with open(path, encoding="utf-8") as file:
             header, *lines = map(json.loads, file)
         steps = [
-            Step(tuple(line["ids"]), line["read"], line["written"], line.get("scored", 0), line.get("parsed", True))
+            Step(
+                *(tuple(line["ids"]), line["read"], line["written"]),
+                *(line.get("scored", 0), line.get("parsed", True)),
+                feedback=line.get("feedback", ""),
+            )
             for line in lines
         ]
         return AnswerSet(name, header["spec"], steps, [line["text"] for line in lines], header["seconds"])

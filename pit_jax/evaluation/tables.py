@@ -148,7 +148,7 @@ def place(name: str) -> tuple:
     base, iteration, temperature = re.fullmatch(r"(.*?)(?:_iteration_(\d+))?(?:_t([\d.]+))?", first, re.DOTALL).groups()
     rank = _ORDER.index(base) if base in _ORDER else len(_ORDER)
     made = float(temperature) if temperature and temperature.count(".") < 2 and temperature != "." else -1.0
-    return rank, made, int(iteration or 0), second != "original", place(second) if versus else ()
+    return rank, made, int(iteration or 0), second not in ("original", "base"), place(second) if versus else ()
 
 
 def title(results: dict) -> str:
@@ -222,7 +222,12 @@ def _answers(answers: dict) -> Table:
     rows = [[words(name), *[_statistic(key, row.get(key)) for key in keys]] for name, row in answers.items()]
     records = tuple({"answer": name} | _flat(row) for name, row in answers.items())
     title = "Answers: mean length in tokens; shares in percent"
-    return Table("answers", title, ["answer", *map(words, keys)], rows if keys else [], 1, (), records)
+    note = (
+        "fixed: share that meets all where the original answer (in SRT M_base's) fails something; kept: where it meets "
+        "all. An answer that was not made of it can be better by chance."
+    )
+    notes = (note,) if "fixed" in keys else ()
+    return Table("answers", title, ["answer", *map(words, keys)], rows if keys else [], 1, notes, records)
 
 
 def _iterations(iterations: dict) -> Table:
@@ -243,44 +248,68 @@ def _iterations(iterations: dict) -> Table:
     notes = (
         "Per prompt, means. Tokens: all that were read and written up to this iteration, so that methods compare at "
         "equal cost; written: the part that was sampled; length: of this iteration's answer.",
-        "delta = win - lose against the original answer in percent, with its 95% interval.",
+        f"delta = win - lose against {iterated_against(iterations)} in percent, with its 95% interval.",
     )
     records = tuple({"method": method} | _flat(row) for method, row in found)
-    title = "Iterations (section 4.7); shares in percent"
+    title = f"Iterations ({iterated_section(iterations)}); shares in percent"
     return Table("iterations", title, header, rows, 1, notes if rows else (), records)
+
+
+def iterated_against(iterations: dict) -> str:
+    """Whose answer the iterations are compared with."""
+    return "the answer of M_base" if _is_srt(iterations) else "the original answer"
+
+
+def iterated_section(iterations: dict) -> str:
+    """Where the papers show such iterations."""
+    return "SRT Table 2" if _is_srt(iterations) else "section 4.7"
+
+
+def _is_srt(iterations: dict) -> bool:
+    return any(method.startswith("srt") for method in iterations)
 
 
 def _srt_feedback(found: dict) -> Table:
     rows, records, notes = [], [], []
-    for stage, row in found.get("feedback", {}).items():
+    stages = found.get("feedback", {})
+    shares = ("found", "mended", "false_alarms", "broken") if any("truth" in row for row in stages.values()) else ()
+    for stage, row in stages.items():
         before, after = row.get("mean_scores") or (None, None)
         kept = row["causes"].get("kept", 0)
         dropped = ", ".join(f"{n:,} {cause}" for cause, n in row["causes"].items() if cause != "kept")
         rows.append(
             [words(stage), _count(row["records"]), _count(kept), percent(row["parse_rate"])]
             + [_number(x, "{:.2f}") for x in (before, after)]
+            + [percent(row.get("truth", {}).get(share)) for share in shares]
         )
         notes.append(f"{words(stage)}: dropped are {dropped or 'none'}.")
         records.append(
             {"stage": stage, "records": row["records"], "parse_rate": row["parse_rate"]}
             | {"mean_score": before, "mean_refinement_score": after}
             | {f"causes.{cause}": n for cause, n in row["causes"].items()}
+            | _flat(row.get("truth", {}), "truth.")
         )
-    header = ["feedback", "records", "kept", "parse rate, percent", "mean score", "of refinements"]
-    return Table("srt_feedback", "Feedback (SRT section 4.1)", header, rows, 1, tuple(notes), tuple(records))
+    if shares:
+        notes.append(
+            "By the verifier, of responses that fail something: found, those with a score below 10, and mended, those "
+            "whose refinement meets all; of the others: false alarms, with a score below 10, and broken."
+        )
+    header = ["feedback", "records", "kept", "parse rate", "mean score", "of refinements", *map(words, shares)]
+    title = "Feedback (SRT section 4.1); shares in percent"
+    return Table("srt_feedback", title, header, rows, 1, tuple(notes), tuple(records))
 
 
 def _self_scores(models: dict) -> Table:
     rows, records = [], []
     for model, found in models.items():
         means = [_mean_score(found["histograms"].get(side)) for side in ("answer", "refinement")]
-        a = found["agreement"]
+        a = found.get("agreement", {})  # data may have no labels
         rows.append(
-            [words(model), percent(a["accuracy"]), interval(a), _count(a["n"]), percent(found["ties"])]
+            [words(model), percent(a.get("accuracy")), interval(a), _count(a.get("n")), percent(found.get("ties"))]
             + [_count(found["no_score"]), *(_number(x, "{:.2f}") for x in means)]
         )
         records.append(
-            {"model": model} | _flat(a, "agreement.") | {"ties": found["ties"], "no_score": found["no_score"]}
+            {"model": model} | _flat(a, "agreement.") | {"ties": found.get("ties"), "no_score": found["no_score"]}
         )
         records[-1] |= {f"{side}_score_{k}": n for side, x in found["histograms"].items() for k, n in enumerate(x, 1)}
     header = [

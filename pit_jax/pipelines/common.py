@@ -85,12 +85,13 @@ def seed_of(config: Any, purpose: str) -> int:
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
-def data_stage(context: Context, words: Sequence[str] = ()) -> dict:
+def data_stage(context: Context, words: Sequence[str] = (), tokenizer: str | Path = "") -> dict:
     """Writes rows and tokenizer, drops rows over the windows, and reports what a surface cue would get.
 
     Args:
       context: of the run.
       words: more text for the vocabulary.
+      tokenizer: a file to take; empty: config.tokenizer.path, or one is trained.
     """
     config, root = context.config, context.workdir.root / "data"
     shutil.rmtree(root, ignore_errors=True)  # of a start that was killed: the stage is not done
@@ -105,17 +106,22 @@ def data_stage(context: Context, words: Sequence[str] = ()) -> dict:
         )
         counts: dict[str, int] = {}
     else:
-        rows, counts = sources.read(config.data.path, config.data.format)
+        rows, counts = sources.read(config.data.path, config.data.format, answers=needs_answers(config))
         rest, selection, test = sources.split_off(rows, config.data.num_selection, config.data.num_test, config.seed)
-        folds = sources.folds(rest, config.seed)
+        if needs_answers(config):
+            folds = sources.folds(rest, config.seed)
+        else:  # M_base has learnt elsewhere: 1 to 3, as the paper's 25,000 and 75,000
+            first, *others = sources.folds(rest, config.seed, 4)
+            folds = [], first, [row for part in others for row in part]
         splits = dict(zip(SPLITS, (*folds, selection, test, []), strict=True))
         for name, split in splits.items():
             lines = [json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in split]
             write_text_atomic(root / f"{name}.jsonl", "".join(lines))
     raw = read_rows(config, root)
-    if config.tokenizer.path:
-        tokenizer_lib.load(config.tokenizer.path)  # says what is wrong with the file
-        model = Path(config.tokenizer.path).read_bytes()
+    tokenizer = tokenizer or config.tokenizer.path
+    if tokenizer:
+        tokenizer_lib.load(tokenizer)  # says what is wrong with the file
+        model = Path(tokenizer).read_bytes()
     else:
         # From the first fold alone (section 4.1's D_SFT): the others must stay unseen until their stage.
         texts = [text for row in raw["sft"] for text in (row.prompt, row.rejected, row.chosen, row.reflection)]
@@ -143,7 +149,8 @@ def data_stage(context: Context, words: Sequence[str] = ()) -> dict:
     if "surface_baselines" in record:
         shares = ", ".join(f"{k} {v:.3f}" for k, v in record["surface_baselines"].items())
         print(f"  y_w told from y_l without the prompt: {shares}", flush=True)
-    empty = [name for name in ("sft", "rm", "rl", "selection", "test") if not record["rows"][name]]
+    needed = ("sft", "rm", "rl", "selection", "test")[0 if needs_answers(config) else 1 :]
+    empty = [name for name in needed if not record["rows"][name]]
     if empty:
         raise ValueError(f"no rows are left in {', '.join(empty)}: widen config.data.*_window or give more rows")
     return record
@@ -153,8 +160,14 @@ def read_rows(config: Any, root: Path, splits: Sequence[str] = SPLITS) -> dict[s
     """Splits that the data stage has written."""
     if config.data.source == "synthetic":
         return {name: builders.read(root, name) for name in splits}
-    read = lambda path: sources.read_jsonl(path)[0] if path.stat().st_size else []  # noqa: E731
+    answers = needs_answers(config)
+    read = lambda path: sources.read_jsonl(path, answers=answers)[0] if path.stat().st_size else []  # noqa: E731
     return {name: read(root / f"{name}.jsonl") for name in splits}
+
+
+def needs_answers(config: Any) -> bool:
+    """Whether rows must have y_w and y_l: not where M_base comes from elsewhere, and writes all answers itself."""
+    return not getattr(config, "base", "")
 
 
 def load_encoder(context: Context) -> None:
@@ -414,13 +427,14 @@ class System(NamedTuple):
       stage_names: config -> all stages in order: the first is "data", the last "evaluate".
       stage_functions: context -> every stage but the last, by name; a function returns the stage's record.
       first_stage: field of the config -> the first stage that reads it; all other fields are read from the start.
-      check: raises ValueError where a later stage could not run, before the first one does.
+      check: (config, names of the stages that will run) -> None; raises ValueError where one of them could not,
+        before the first one does, and before anything is deleted.
     """
 
     stage_names: Callable[[Any], list[str]]
     stage_functions: Callable[[Context], dict[str, Callable[[], dict]]]
     first_stage: dict[str, str]
-    check: Callable[[Context], None] = lambda context: None
+    check: Callable[[Any, set[str]], None] = lambda config, todo: None
 
 
 def open_workdir(root: str | Path, command: str = Context.command) -> Context:
@@ -483,27 +497,31 @@ def run(
             raise ValueError(f"--{flag}={name} is not a stage of this config: {', '.join(names)}.{hint}")
     later = names[names.index(redo) :] if redo else []
     free = [field for field, first in system.first_stage.items() if first in later or (later and first not in names)]
-    workdir = Workdir(root, config, (*FREE_FIELDS, *free))
+    workdir = Workdir(root, config, (*FREE_FIELDS, *free), claim=False)
+    todo = names if only is None else [only]
+    is_done = lambda name: name not in later and workdir.done(name) is not None  # noqa: E731
+    lacking = [name for name in names[: names.index(only)] if not is_done(name)] if only else []
+    if lacking:
+        raise ValueError(f"--stage={only} needs {', '.join(lacking)} first: run them, or all without --stage")
+    system.check(config, {name for name in (*todo, *later) if not is_done(name)})
     if redo:
-        done = {path.stem for path in workdir.root.glob("stages/*.json")}
-        gone = done - set(names) if later != ["evaluate"] else set()  # arms, rounds that this config has not
-        for name in (*later, *sorted(gone)):
-            workdir.discard(name)
+        gone = workdir.left_by_others(names) if later != ["evaluate"] else []
+        if gone:
+            print(f"deleted, as this config has them not: {', '.join(gone)}", flush=True)
+        workdir.discard(*later, *gone)
+    workdir.claim()
     context = Context(config, workdir, MetricsWriter(workdir.root), command)
-    system.check(context)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
     with jax.set_mesh(mesh):
         evaluated = workdir.done("evaluate")
         if evaluated and set(config.arms) - set(evaluated["arms"]):
             workdir.forget("evaluate")  # an arm was added: the tables get its rows
         functions = system.stage_functions(context) | {"evaluate": lambda: evaluate(context)}
-        for name in names if only is None else [only]:
-            lacking = [earlier for earlier in names[: names.index(name)] if workdir.done(earlier) is None]
-            if lacking:
-                raise ValueError(f"--stage={only} needs {', '.join(lacking)} first: run them, or all without --stage")
+        for name in todo:
             if name != "data" and context.encoder is None:
                 load_data(context)
             run_stage(workdir, name, functions[name])
+            workdir.unfinished_feedback(name).unlink(missing_ok=True)
             if name in REWARD_STAGES:
                 # Only now: a stage that was killed before its mark chooses again.
                 Candidates(workdir.candidates(name)).clear()

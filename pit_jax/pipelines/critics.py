@@ -6,6 +6,7 @@ own feedback gives more (section 4.1).
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from pit_jax.config import CriticConfig, SamplingConfig
 from pit_jax.data import feedback as feedback_lib, synthetic_critic
 from pit_jax.data.feedback import Feedback, Form
 from pit_jax.data.verifier import verify
+from pit_jax.files import Journal
 from pit_jax.pipelines import common
 from pit_jax.pipelines.common import Context
 from pit_jax.pipelines.samples import Sampler
@@ -165,7 +167,7 @@ def client_config(config: CriticConfig, cache: Path, *, seed: int | None = None,
     return client.ClientConfig(
         base_url=config.base_url,
         model=config.model,
-        temperature=config.temperature,
+        temperature=None if config.temperature < 0 else config.temperature,
         max_tokens=config.max_tokens or None,
         seed=seed,
         extra=json.dumps(extra) if extra else "",
@@ -184,14 +186,15 @@ def check_server(config: CriticConfig) -> None:
     """
     # As a score is asked for, and as a critique is asked for again: fields that a server refuses are known now.
     for asked in (client_config(config, Path(), whole=False), client_config(config, Path(), seed=1)):
-        settings = dataclasses.replace(asked, cache="", num_retries=1)
+        # A few retries, as a server may be busy; half a minute each, as one that hangs is to be known soon.
+        settings = dataclasses.replace(asked, cache="", num_retries=4, timeout_s=min(config.timeout_s, 30.0))
         try:
             (said,), _ = client.complete(settings, [[{"role": "user", "content": "Say yes."}]], description="critic")
         except client.ApiError as error:
             raise ValueError(f"the critic: {error} (--config.critic.base_url, --config.critic.model)") from None
         if said.text is None:
             raise ValueError(
-                f"the critic's server {config.base_url} gives no answer ({said.error}): start it, or set "
+                f"the critic's server {config.base_url} gives no answer ({said.error}): start it, wait, or set "
                 "--config.critic.base_url"
             )
 
@@ -210,6 +213,38 @@ def _incomplete(reply: Reply, whole: bool) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------------- own models
+
+
+def stored(critic: Critic, journal: Journal, chunk: int) -> Critic:
+    """A critic whose replies go into a file, `chunk` at a time: a run that is killed asks for none of them again.
+
+    A server needs no such file: its replies are in the cache of the client, each as soon as it is there.
+    """
+    known = {
+        (line["ask"], line["row"], line["response"]): _reply(line["reply"])
+        for line in journal.lines
+        if line["ask"] in ("criticize", "score")
+    }
+
+    def ask(name: str, requests: Sequence[Request]) -> list[Reply]:
+        key = lambda r: (name, r.number, r.response)  # noqa: E731
+        todo = [r for r in requests if key(r) not in known]
+        for start in range(0, len(todo), chunk):
+            part = todo[start : start + chunk]
+            replies = getattr(critic, name)(part)
+            lines = []
+            for request, reply in zip(part, replies, strict=True):
+                known[key(request)] = reply
+                value = reply._asdict() | {"feedback": dataclasses.asdict(reply.feedback)}
+                lines.append({"ask": name, "row": request.number, "response": request.response, "reply": value})
+            journal.add(*lines)
+        return [known[key(request)] for request in requests]
+
+    return Critic(critic.name, functools.partial(ask, "criticize"), functools.partial(ask, "score"))
+
+
+def _reply(value: dict) -> Reply:
+    return Reply(**value | {"feedback": Feedback(**value["feedback"])})
 
 
 class SelfCritic:

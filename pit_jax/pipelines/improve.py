@@ -322,7 +322,7 @@ def rerank(context: Context, stage: str, temperature: float, size: int) -> Metho
 
 
 def _self_critic(context: Context, stage: str, temperature: float, size: int) -> critics.SelfCritic:
-    without = srt.ARMS[stage.removeprefix("arm_")][0] if stage.startswith("arm_") else None
+    without = srt.ARMS[stage.removeprefix("arm_")][0] or None if stage.startswith("arm_") else None
     return srt.make_self_critic(context, stage, temperature, size, srt.make_form(context, without))
 
 
@@ -344,7 +344,8 @@ def srt_method(context: Context, stage: str, temperature: float, size: int) -> M
         for y, reply in zip(ys, model.criticize(xs, ys), strict=True):
             refinement = reply.feedback.refinement
             ids = e.response(refinement)[:-1][: e.response_window] if refinement else y
-            steps.append(Step(tuple(ids), reply.read, reply.written, parsed=bool(refinement), feedback=reply.raw))
+            critique = reply.raw.removesuffix(refinement or "").rstrip()
+            steps.append(Step(tuple(ids), reply.read, reply.written, parsed=bool(refinement), feedback=critique))
         return steps
 
     return improve
@@ -395,6 +396,16 @@ def stages(config: Any, method: str) -> list[str]:
     """The stages whose models a method uses."""
     last = (srt if isinstance(config, SrtConfig) else pit).final_stage(config)
     return [last if stage == "final" else stage for stage in METHODS[method]]
+
+
+def form_of(context: Context, method: str = "") -> dict[str, Any]:
+    """What the answers of a method, or of any, depend on beside models, prompts, temperature and seed: plain JSON."""
+    found = {"templates": context.encoder.digest}
+    if method.startswith("srt") or not method and isinstance(context.config, SrtConfig):
+        found |= srt.form_of(context)
+    if method == "srt_rerank":
+        found["num_candidates"] = context.config.evaluation.num_candidates
+    return found
 
 
 def make_method(context: Context, name: str, temperature: float, size: int, stage: str = "") -> Method:

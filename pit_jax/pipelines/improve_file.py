@@ -3,17 +3,15 @@
 import dataclasses
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
-from pit_jax import config as config_lib
 from pit_jax.data.answers import Answer, read_answers
 from pit_jax.data.sources import DataError
-from pit_jax.files import sync_directory
+from pit_jax.files import Journal, write_text_atomic
 from pit_jax.pipelines import common, improve, pit
 from pit_jax.pipelines.common import Context
 from pit_jax.pipelines.improve import Improved, Row, StopRules
@@ -105,58 +103,6 @@ class Improver:
         return found | {"tokens": sum(step.tokens for step in improved.steps)}
 
 
-class Progress:
-    """Finished rows beside the output, so that a run that is killed goes on without doing them again."""
-
-    def __init__(self, output: Path, made_from: dict):
-        """Opens or begins OUTPUT.partial.
-
-        Raises:
-          ValueError: where it is of another input or other settings.
-        """
-        self.path = output.with_name(output.name + ".partial")
-        self.lines: dict[int, dict] = {}
-        if self.path.exists() and self.path.stat().st_size:
-            complete = self.path.read_bytes()
-            complete = complete[: complete.rfind(b"\n") + 1]  # a line that was cut short is done again
-            header, *lines = [*map(json.loads, complete.decode("utf-8").split("\n")[:-1])] or [made_from]
-            differing = config_lib.differing_fields(made_from, header, "")
-            if differing:
-                fields = ", ".join(line.partition(":")[0].lstrip(".") for line in differing)
-                raise ValueError(
-                    f"{self.path} is of a run with other {fields}: take the same flags, delete it, or name another "
-                    "--output"
-                )
-            self.lines = {line["line"]: line for line in lines}
-            with open(self.path, "r+b") as file:
-                file.truncate(len(complete))
-        self._file = open(self.path, "a", encoding="utf-8", newline="")  # noqa: SIM115
-        if not self.path.stat().st_size:
-            self._write(made_from)
-
-    def add(self, line: dict) -> None:
-        """Keeps a finished row."""
-        self.lines[line["line"]] = line
-        self._write(line)
-
-    def _write(self, line: dict) -> None:
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self._file.flush()
-
-    def finish(self, output: Path) -> None:
-        """Writes all rows in the order of the input and takes the file of the progress away."""
-        self._file.close()
-        beside = self.path.with_name(self.path.name + ".sorted")
-        with open(beside, "w", encoding="utf-8", newline="") as file:
-            for number in sorted(self.lines):
-                file.write(json.dumps(self.lines[number], ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, output)
-        sync_directory(output.parent)
-        self.path.unlink()
-
-
 def run(improver: Improver, source: Path, output: Path) -> list[dict]:
     """Improves a file.
 
@@ -180,15 +126,21 @@ def run(improver: Improver, source: Path, output: Path) -> list[dict]:
         "input": hashlib.sha256(source.read_bytes()).hexdigest() if source.is_file() else "",
         "settings": json.loads(json.dumps(dataclasses.asdict(settings))),
         "models": {stage: context.workdir.model_digest(stage) for stage in sorted(stages)},
-        "templates": context.encoder.digest,
-    }
+    } | improve.form_of(context, settings.method)
     found = {answer.number: answer for answer in read_answers(source)}
-    progress = Progress(output, made_from)
-    if progress.lines:
-        print(f"{len(progress.lines)} of {len(found)} rows were done before", file=sys.stderr)
+    remedy = "take the same flags, delete it, or name another --output"
+    progress = Journal(output.with_name(output.name + ".partial"), made_from, remedy)
+    lines = {line["line"]: line for line in progress.lines}
+    if lines:
+        print(f"{len(lines)} of {len(found)} rows were done before", file=sys.stderr)
+
+    def keep(line: dict) -> None:
+        progress.add(line)
+        lines[line["line"]] = line
+
     waiting = []
     for number, answer in found.items():
-        if number in progress.lines:
+        if number in lines:
             continue
         try:
             if answer.error:
@@ -196,14 +148,16 @@ def run(improver: Improver, source: Path, output: Path) -> list[dict]:
             waiting.append(improver.row(answer))
         except DataError as error:
             print(f"{source}, {error}", file=sys.stderr)
-            progress.add({"line": number, "error": str(error)})
+            keep({"line": number, "error": str(error)})
     for done in improver(iter(waiting)):
-        progress.add(improver.line(found[done.row.number], done))
+        keep(improver.line(found[done.row.number], done))
         if sys.stderr.isatty():
-            end = "\n" if len(progress.lines) == len(found) else ""
-            print(f"\r{len(progress.lines)} of {len(found)} rows", end=end, file=sys.stderr, flush=True)
-    progress.finish(output)
-    return [progress.lines[number] for number in sorted(progress.lines)]
+            end = "\n" if len(lines) == len(found) else ""
+            print(f"\r{len(lines)} of {len(found)} rows", end=end, file=sys.stderr, flush=True)
+    ordered = [lines[number] for number in sorted(lines)]
+    write_text_atomic(output, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in ordered))
+    progress.delete()
+    return ordered
 
 
 def summary(lines: list[dict]) -> str:

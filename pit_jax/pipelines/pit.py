@@ -47,6 +47,7 @@ FIRST_STAGE = {
     "ppo": "rl_policy",
     "ppo_pit": "rl_pit_1",
     "curriculum": "rl_pit_1",
+    "srt_workdir": "rl_pit_1",
     "evaluation": "evaluate",
 }
 """Field of the config -> the first stage that reads it; all other fields are read from the start."""
@@ -219,13 +220,15 @@ class References:
     """Where ref_response comes from in a round of the curriculum (section 3.4.1): pure functions of (rows, key).
 
     data: y_l and y_w of the data (Equation 4). policy: M_P^RL (Equation 5). pit: M_PIT of the round before improves
-    M_P^RL (third round). policy_checkpoint: intermediate checkpoints of M_P's RL, in turn.
+    M_P^RL (third round). policy_checkpoint: intermediate checkpoints of M_P's RL, in turn. srt: refinements that the
+    critics of config.srt_workdir have written, in turn where a prompt has several; where a prompt has none, as those
+    on which checkpoints are measured, the whole batch gets M_P^RL's answers.
     """
 
-    def __init__(self, context: Context, source: str, previous: str):
+    def __init__(self, context: Context, source: str, previous: str, stage: str = ""):
         self.context, self.source = context, source
         self.model = common.model_of(context, "rl_policy")
-        if source in ("policy", "pit"):
+        if source in ("policy", "pit", "srt"):
             self.policies = [common.load_model(context, "rl_policy")]
         elif source == "policy_checkpoint":
             like = common.shapes(self.model)
@@ -234,10 +237,31 @@ class References:
             self.policies = [candidates.load(step, like) for step in steps]
         if source == "pit":
             self.pit_model, self.pit = common.model_of(context, previous), common.load_model(context, previous)
+        if source == "srt":
+            self.refinements = read_refinements(context, context.config.srt_workdir, stage)
+
+    def rows(self, rows: Sequence[PreferenceExample], least: int) -> Sequence[PreferenceExample]:
+        """The rows of a round: those that have a ref_response.
+
+        Raises:
+          ValueError: where fewer than `least` have one.
+        """
+        if self.source != "srt":
+            return rows
+        found = [row for row in rows if row.prompt in self.refinements]
+        if len(found) < least:
+            raise ValueError(
+                f"srt_workdir={self.context.config.srt_workdir} has refinements for {len(found)} of the {len(rows)} "
+                f"prompts of this round, and a batch takes {least}: stage 2 of a run of SRT on the same data and seed "
+                "writes them (feedback/self_feedback_1.jsonl)"
+            )
+        return found
 
     def __call__(self, rows: Sequence[PreferenceExample], use_chosen: Sequence[bool], key: jax.Array, turn: int):
         """One ref_response (ids without EOS) per row."""
         e, config = self.context.encoder, self.context.config
+        if self.source == "srt" and all(row.prompt in self.refinements for row in rows):
+            return [(found := self.refinements[row.prompt])[turn % len(found)] for row in rows]
         if self.source == "data":
             return [e.response(r.chosen if c else r.rejected)[:-1] for r, c in zip(rows, use_chosen, strict=True)]
         settings = SamplingConfig(max_new_tokens=config.data.response_window, temperature=config.ppo_pit.temperature)
@@ -249,6 +273,47 @@ class References:
             prompts = [e.pit_prompt(r.prompt, y) for r, y in zip(rows, responses, strict=True)]
             responses = draw(self.pit_model, self.pit, prompts, jax.random.fold_in(key, 1), window=e.pit_window)
         return responses
+
+
+def read_refinements(context: Context, workdir: str, stage: str) -> dict[str, list[list[int]]]:
+    """Prompt -> refinements in the records of a run of SRT, kept or not, as ids that fit the response window.
+
+    They are copied at the first start of the stage: a run of SRT that goes on must not change the rows of this one.
+
+    Raises:
+      ValueError: where it has no records, or a line is none.
+    """
+    copy = context.workdir.root / "feedback" / f"{stage}.jsonl"
+    if not copy.exists():
+        lines = []
+        for path in refinement_files(workdir):
+            with open(path, encoding="utf-8") as file:
+                try:
+                    records = [json.loads(line) for line in file]
+                    found = [(record["instruction"], record["refinement"]) for record in records]
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ValueError(f"{path} has a line that is no record of SRT ({error!r})") from error
+            lines += [json.dumps({"prompt": x, "refinement": y}, ensure_ascii=False) + "\n" for x, y in found if y]
+        write_text_atomic(copy, "".join(lines))
+    refinements: dict[str, list[list[int]]] = {}
+    with open(copy, encoding="utf-8") as file:
+        for line in map(json.loads, file):
+            ids = context.encoder.response(line["refinement"])[:-1]
+            if 0 < len(ids) < context.config.data.response_window:
+                refinements.setdefault(line["prompt"], []).append(ids)
+    return refinements
+
+
+def refinement_files(workdir: str) -> list[Path]:
+    """The records of a run of SRT.
+
+    Raises:
+      ValueError: where there are none.
+    """
+    paths = sorted(path for path in Path(workdir).glob("feedback/*.jsonl") if not path.stem.endswith(".unfinished"))
+    if not paths:
+        raise ValueError(f"config.srt_workdir={workdir}, but {workdir}/feedback has no records: name a run of SRT")
+    return paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,7 +363,9 @@ def rl_stage(context: Context, stage: str, settings: PPOConfig, start: str, refe
     optimizer = optimizers.make_optimizer(settings.policy_optimizer, _updates(settings))
     value_optimizer = optimizers.make_optimizer(settings.value_optimizer, _updates(settings))
     window = e.policy_window if references is None else e.pit_window
-    rows = context.rows["rl"]
+    rows, held = context.rows["rl"], common.selection_rows(context, settings.rollout_size)
+    if references is not None:
+        rows = references.rows(rows, settings.rollout_size // settings.samples_per_prompt)
     num_uses = 2 if references is not None and references.source == "data" else 1  # both y_l and y_w of each x
 
     key = common.key_of(config, stage)
@@ -331,7 +398,6 @@ def rl_stage(context: Context, stage: str, settings: PPOConfig, start: str, refe
         chosen_rows, use_chosen = [rows[n // num_uses] for n in numbers], [n % num_uses == 1 for n in numbers]
         return batch_of(chosen_rows, use_chosen, sampled, step, settings.samples_per_prompt)
 
-    held = common.selection_rows(context, settings.rollout_size)
     validation = batch_of(held, [i % 2 == 1 for i in range(len(held))], common.key_of(config, f"{stage}/selection"), 0)
     candidates = Candidates(context.workdir.candidates(stage))
 
@@ -423,7 +489,7 @@ def stage_functions(context: Context) -> dict[str, Callable[[], dict]]:
     functions["rl_policy"] = lambda: rl_stage(context, "rl_policy", config.ppo, "sft_policy", None)
 
     def pit_round(stage: str, source: str, previous: str) -> dict:
-        return rl_stage(context, stage, config.ppo_pit, previous, References(context, source, previous))
+        return rl_stage(context, stage, config.ppo_pit, previous, References(context, source, previous, stage))
 
     previous = "sft_pit"
     for i, source in enumerate(config.curriculum, 1):
@@ -433,6 +499,12 @@ def stage_functions(context: Context) -> dict[str, Callable[[], dict]]:
     functions[common.COT_ARM] = lambda: sft_pit_stage(context, common.COT_ARM)
     functions["arm_longer_sft"] = lambda: common.sft_policy_stage(context, "arm_longer_sft", config.sft_pit)
     return functions
+
+
+def check(config: PitConfig, todo: set[str]) -> None:
+    """What must hold before anything is trained: refinements of SRT are there."""
+    if any(source == "srt" and f"rl_pit_{i}" in todo for i, source in enumerate(config.curriculum, 1)):
+        refinement_files(config.srt_workdir)
 
 
 def open_finished(root: str | Path, stages: Sequence[str], command: str = Context.command) -> Context:
@@ -453,4 +525,4 @@ def open_finished(root: str | Path, stages: Sequence[str], command: str = Contex
     return context
 
 
-SYSTEM = common.System(stage_names, stage_functions, FIRST_STAGE)
+SYSTEM = common.System(stage_names, stage_functions, FIRST_STAGE, check)

@@ -14,6 +14,7 @@ evaluate           the tables                                                   
 import collections
 import dataclasses
 import functools
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,17 +24,18 @@ import numpy as np
 from pit_jax import checkpoint, optimizers, train_state
 from pit_jax.config import FeedbackConfig, SamplingConfig, SrtConfig
 from pit_jax.data import feedback as feedback_lib, pairs, synthetic_critic
-from pit_jax.data.feedback import PARTS, Feedback, Form
-from pit_jax.files import write_text_atomic
+from pit_jax.data.feedback import MAX_SCORE, PARTS, Feedback, Form
+from pit_jax.data.sources import DataError
+from pit_jax.data.verifier import verify
+from pit_jax.files import Journal, write_text_atomic
 from pit_jax.learners import dpo, loop
 from pit_jax.pipelines import common, critics, pit
 from pit_jax.pipelines.common import Context
-from pit_jax.pipelines.critics import Critic, Request, SelfCritic
-from pit_jax.pipelines.samples import Sampler
+from pit_jax.pipelines.critics import Critic, Reply, Request, SelfCritic
+from pit_jax.pipelines.samples import Sampler, Step
 from pit_jax.types import PreferenceExample
 
 FIRST_STAGE = {
-    "base": "sft_policy",
     "sft_policy": "sft_policy",
     "critic": "critic_feedback",
     "critic_feedback": "critic_feedback",
@@ -71,7 +73,16 @@ def make_form(context: Context, without: str | None = None) -> Form:
     return form
 
 
-def make_self_critic(context: Context, stage: str, temperature: float, size: int, form: Form | None = None):
+def form_of(context: Context) -> dict:
+    """What critiques of M_self depend on beside the model: plain JSON."""
+    template = feedback_lib.load_template("srt", context.config.data.templates)
+    sequence = hashlib.sha256(template.encode("utf-8")).hexdigest()[:16]
+    return {"sequence": sequence, "feedback_window": context.config.feedback_window}
+
+
+def make_self_critic(
+    context: Context, stage: str, temperature: float, size: int, form: Form | None = None
+) -> SelfCritic:
     """The model of a finished stage as one that answers, criticises and refines."""
     form = form or make_form(context)
     return SelfCritic(context, stage, form, size, temperature, context.config.feedback_window)
@@ -124,14 +135,18 @@ def make_records(
     responses: Sequence[str],
     critic: Critic,
     settings: FeedbackConfig,
+    fits: Callable[[str], bool] = lambda response: True,
 ) -> list[Record]:
-    """Asks the critic about each response, and about its refinements, each on its own.
+    """Asks the critic about each response that fits, and about its refinements, each on its own.
 
     With several rounds of critique the refinement is the next response, until its score does not rise any more; the
     one with the highest score is kept, beside the critique of the first response (section 3.1.1, Table 2).
     """
     requests = [Request(i, row, y) for i, row, y in zip(numbers, rows, responses, strict=True)]
-    first = critic.criticize(requests)
+    asked = [i for i, response in enumerate(responses) if fits(response)]
+    first = [Reply(error=critics.OVER_WINDOW) for _ in requests]
+    for i, reply in zip(asked, critic.criticize([requests[i] for i in asked]), strict=True):
+        first[i] = reply
     read, written = ([getattr(reply, field) for reply in first] for field in ("read", "written"))
     best: list[str | None] = [reply.feedback.refinement or None for reply in first]
     newest = list(best)
@@ -188,11 +203,28 @@ def why_dropped(record: Record, settings: FeedbackConfig) -> str:
     return "" if enough else "score not higher"
 
 
+def drop_unchanged(records: list[Record], share: float, seed: int) -> list[Record]:
+    """Drops some of the records whose refinement is the response, so that they are at most this share of what is kept.
+
+    A model that learns mostly from answers in which nothing is wrong writes that nothing is wrong. Which ones are
+    dropped depends on the seed alone.
+    """
+    kept = [i for i, record in enumerate(records) if not record.dropped]
+    unchanged = [i for i in kept if records[i].refinement == records[i].response]
+    changed = len(kept) - len(unchanged)
+    most = len(unchanged) if share == 1 else int(changed * share / (1 - share) + 1e-9)
+    gone = set(np.random.default_rng(seed).permutation(unchanged)[most:].tolist())
+    return [dataclasses.replace(r, dropped="nothing to change") if i in gone else r for i, r in enumerate(records)]
+
+
 def drop_by_gap(records: list[Record], settings: FeedbackConfig) -> list[Record]:
-    """Also drops refinements whose gain over the response is not above 0 by the R_PIT of a PIT run."""
+    """Also drops refinements whose gain over the response is not above 0 by the R_PIT of a PIT run.
+
+    A refinement that is the response has a gain of 0 and is not asked about: other rules say whether it is kept.
+    """
     context = pit.open_finished(settings.gap_workdir, ["r_pit"])
     gains = pit.make_gains(context)
-    kept = [i for i, record in enumerate(records) if not record.dropped]
+    kept = [i for i, record in enumerate(records) if not record.dropped and record.refinement != record.response]
     ids = lambda text: context.encoder.response(text)[:-1]  # noqa: E731
     found = gains(
         [records[i].instruction for i in kept],
@@ -241,16 +273,55 @@ def feedback_summary(records: Sequence[Record]) -> dict:
     }
 
 
+def truth_of(records: Sequence[Record], rows: Sequence[PreferenceExample]) -> dict:
+    """What a verifier says of critiques and refinements; shares are None where there is nothing to count.
+
+    Args:
+      records: those with a critique count.
+      rows: of the records, with requirements.
+
+    Returns:
+      failing: responses that fail something, of which `found` are not given the highest score and `mended` have a
+      refinement that meets everything. passing: the others, of which `false_alarms` get less and `broken` have a
+      refinement that fails something.
+    """
+    judged = [
+        (
+            all(verify(row.requirements, record.response)),
+            record.score < MAX_SCORE,
+            all(verify(row.requirements, record.refinement)),
+        )
+        for record, row in zip(records, rows, strict=True)
+        if record.score is not None and record.refinement
+    ]
+    mean = lambda values: float(np.mean(values)) if values else None  # noqa: E731
+    failing, passing = ([(low, good) for ok, low, good in judged if ok is side] for side in (False, True))
+    return {
+        "failing": len(failing),
+        "found": mean([low for low, _ in failing]),
+        "mended": mean([good for _, good in failing]),
+        "passing": len(passing),
+        "false_alarms": mean([low for low, _ in passing]),
+        "broken": mean([not good for _, good in passing]),
+    }
+
+
 # -------------------------------------------------------------------------------------------------------------- stages
 
 
 def data_stage(context: Context) -> dict:
-    """PIT's, with the words of the sequence and of the oracle critic in the vocabulary."""
+    """PIT's, with the words of the sequence and of the oracle critic in the vocabulary; with M_base comes its own."""
     config = context.config
+    if config.base:
+        return common.data_stage(context, tokenizer=config.tokenizer.path or _base_tokenizer(config.base))
     words = [feedback_lib.load_template("srt", config.data.templates)]
     if config.data.source == "synthetic":
         words += synthetic_critic.wordings()
-    return common.data_stage(context, words)
+    try:
+        return common.data_stage(context, words)
+    except DataError as error:
+        remedy = "; prompts alone will do where M_base is another run's: set --config.base=RUN/models/STAGE"
+        raise DataError(f"{error}{remedy if 'is missing' in str(error) else ''}") from error
 
 
 def base_stage(context: Context) -> dict:
@@ -261,6 +332,25 @@ def base_stage(context: Context) -> dict:
     like = common.shapes(common.model_of(context, "sft_policy"))
     context.workdir.save_model("sft_policy", checkpoint.restore(*_checkpoint(config.base), like))
     return {"steps": 0, "from": config.base}
+
+
+def _base_tokenizer(base: str) -> Path:
+    """The tokenizer of RUN/models/STAGE."""
+    return Path(base).parent.parent / "data" / "tokenizer.model"
+
+
+def _check_tokenizer(config: SrtConfig) -> None:
+    """Raises ValueError where M_base would read ids of a tokenizer that it has not learnt."""
+    ours, theirs = config.tokenizer.path, _base_tokenizer(config.base)
+    if not ours and not theirs.exists():
+        raise ValueError(
+            f"config.base={config.base!r} has no tokenizer at {theirs}: set --config.tokenizer.path to that of M_base"
+        )
+    if ours and theirs.exists() and Path(ours).is_file() and Path(ours).read_bytes() != theirs.read_bytes():
+        raise ValueError(
+            f"config.base={config.base!r} has learnt ids of {theirs}, not of config.tokenizer.path={ours!r}: leave the "
+            "latter out"
+        )
 
 
 def _checkpoint(base: str) -> tuple[Path, int]:
@@ -281,59 +371,106 @@ def _checkpoint(base: str) -> tuple[Path, int]:
 def chosen_prompts(context: Context, fold: str, settings: FeedbackConfig, part: int = 0, parts: int = 1) -> list[int]:
     """Numbers of the rows of a fold that are asked about; `parts` of them share the fold."""
     rows = range(len(context.rows[fold]))[part::parts]
+    if len(rows) < settings.num_prompts:
+        print(f"  num_prompts is {settings.num_prompts}, but there are {len(rows)} prompts: all are taken", flush=True)
     return list(rows[: settings.num_prompts] if settings.num_prompts else rows)
+
+
+def _open_journal(context: Context, stage: str, model: str, critic: str, settings: FeedbackConfig) -> Journal:
+    """What a stage has so far: first answers, and replies of critics that keep none of their own."""
+    header = {"model": context.workdir.model_digest(model), "critic": critic, "templates": context.encoder.digest}
+    header |= {"form": form_of(context), "settings": dataclasses.asdict(settings)}
+    return Journal(context.workdir.unfinished_feedback(stage), header)
+
+
+def _first_answers(
+    journal: Journal, numbers: Sequence[int], size: int, answer: Callable[[list[int]], list[Step]]
+) -> list[tuple[int, ...]]:
+    """Answers to rows by number, `size` at a time; those of an earlier start are read.
+
+    They are on disk before a critic is asked about them: another machine may sample others, and what a server said of
+    these is paid for.
+    """
+    known = {line["row"]: tuple(line["ids"]) for line in journal.lines if line["ask"] == "answer"}
+    todo = [i for i in numbers if i not in known]
+    for start in range(0, len(todo), size):
+        part = todo[start : start + size]
+        written = {i: step.ids for i, step in zip(part, answer(part), strict=True)}
+        journal.add(*({"ask": "answer", "row": i, "ids": list(ids)} for i, ids in written.items()))
+        known |= written
+    return [known[i] for i in numbers]
 
 
 def critic_feedback_stage(context: Context) -> dict:
     """Stage 1's data: M_base answers, the critic criticises and refines, the rules of section 4.1 choose."""
     config, stage = context.config, "critic_feedback"
-    settings = config.critic_feedback
+    settings, e, fold = config.critic_feedback, context.encoder, context.rows["rm"]
     numbers = chosen_prompts(context, "rm", settings)
-    rows = [context.rows["rm"][i] for i in numbers]
-    e = context.encoder
     sampling = SamplingConfig(config.data.response_window, settings.temperature)
-    sampler = Sampler(context, "sft_policy", e.policy_window, sampling, config.evaluation.batch_size)
-    draws = np.asarray([(i, 0) for i in numbers], np.uint32)
-    steps = sampler([e.policy_prompt(row.prompt) for row in rows], common.key_of(config, stage), draws)
+    sampler = Sampler(context, "sft_policy", e.policy_window, sampling, settings.batch_size)
+    key = common.key_of(config, stage)
     critic = make_critic(context)
-    records = make_records(rows, numbers, [e.text(step.ids) for step in steps], critic, settings)
+    journal = _open_journal(context, stage, "sft_policy", critic.name, settings)
+    answers = _first_answers(
+        journal, numbers, CHUNK * settings.batch_size,
+        lambda part: sampler([e.policy_prompt(fold[i].prompt) for i in part], key, _draws(part)),
+    )  # fmt: skip
+    if config.critic.kind == "workdir":
+        critic = critics.stored(critic, journal, CHUNK * settings.batch_size)
+    fits = fits_window(context)  # what does not is never used, so it need not be paid for
+    records = make_records([fold[i] for i in numbers], numbers, [*map(e.text, answers)], critic, settings, fits)
     lost = sum(record.dropped == "no reply" or record.raw_score.startswith("no reply") for record in records)
-    if lost:
+    if lost > config.critic.max_lost * len(records):  # an outage must not end in a model of what came before it
         write_records(context, stage, records)
         raise ValueError(
-            f"{stage}: the critic gave no reply to {lost} of {len(records)} records, see "
-            f"{records_path(context, stage)}. The same command asks for these again, and for nothing that is on disk."
+            f"{stage}: to {lost} of {len(records)} records the critic gave no reply, or none to their refinement, see "
+            f'"no reply" in {records_path(context, stage)}. The same command asks for these again, and for nothing '
+            f"that is on disk; a share of up to critic.max_lost={config.critic.max_lost:g} is dropped and counted."
         )
-    return _finish_feedback(context, stage, records, settings)
+    return _finish_feedback(context, stage, records, fold, settings)
 
 
 def self_feedback_stage(context: Context, number: int) -> dict:
     """Stage 2's data: M_self does all of it, on prompts that it has not seen (section 3.2)."""
     config, stage = context.config, f"self_feedback_{number}"
-    settings, last = config.self_feedback, "srt" if number == 1 else f"dpo_{number - 1}"
+    settings, fold = config.self_feedback, context.rows["rl"]
+    last = "srt" if number == 1 else f"dpo_{number - 1}"
     numbers = chosen_prompts(context, "rl", settings, number - 1, config.num_rounds)
-    rows = [context.rows["rl"][i] for i in numbers]
-    model = make_self_critic(context, last, settings.temperature, config.evaluation.batch_size)
-    draws = np.asarray([(i, 0) for i in numbers], np.uint32)
-    steps = model.answer([row.prompt for row in rows], common.key_of(config, stage), draws)
-    texts = [context.encoder.text(step.ids) for step in steps]
+    model = make_self_critic(context, last, settings.temperature, settings.batch_size)
+    key = common.key_of(config, stage)
     critic = critics.self_critic(model, f"{last} {context.workdir.model_digest(last)}")
-    return _finish_feedback(context, stage, make_records(rows, numbers, texts, critic, settings), settings)
+    journal = _open_journal(context, stage, last, critic.name, settings)
+    answers = _first_answers(
+        journal, numbers, CHUNK * settings.batch_size,
+        lambda part: model.answer([fold[i].prompt for i in part], key, _draws(part)),
+    )  # fmt: skip
+    critic = critics.stored(critic, journal, CHUNK * settings.batch_size)
+    texts = [context.encoder.text(ids) for ids in answers]
+    records = make_records([fold[i] for i in numbers], numbers, texts, critic, settings)
+    return _finish_feedback(context, stage, records, fold, settings)
 
 
-def _finish_feedback(context: Context, stage: str, records: list[Record], settings: FeedbackConfig) -> dict:
-    e = context.encoder
-    size = lambda text: len(e.tokenizer.encode(text or ""))  # noqa: E731
-    fits = lambda r: (  # noqa: E731
-        max(size(r.response), size(r.refinement)) < e.response_window
-        and size(r.weaknesses) + size(r.suggestions) < context.config.feedback_window
-    )
+CHUNK = 4
+"""Batches after which answers and critiques are written to disk."""
+
+
+def _draws(numbers: Sequence[int]) -> np.ndarray:
+    return np.asarray([(i, 0) for i in numbers], np.uint32).reshape(-1, 2)
+
+
+def _finish_feedback(
+    context: Context, stage: str, records: list[Record], fold: Sequence[PreferenceExample], settings: FeedbackConfig
+) -> dict:
+    fits = fits_windows(context)
     records = [r if r.dropped or fits(r) else dataclasses.replace(r, dropped="over the windows") for r in records]
-    write_records(context, stage, records)
     if settings.gap_workdir:
         records = drop_by_gap(records, settings)
-        write_records(context, stage, records)
+    records = drop_unchanged(records, settings.max_unchanged, common.seed_of(context.config, f"{stage}/unchanged"))
+    write_records(context, stage, records)
     summary = feedback_summary(records)
+    rows = [fold[record.row] for record in records]
+    if rows and rows[0].requirements:
+        summary["truth"] = truth_of(records, rows)
     print(f"  records: {', '.join(f'{n} {cause}' for cause, n in summary['causes'].items())}", flush=True)
     _show_record(records)
     if not summary["causes"].get("kept"):
@@ -342,6 +479,24 @@ def _finish_feedback(context: Context, stage: str, records: list[Record], settin
             raise ValueError(f"{stage}: {where}")
         print(f"  {where}: this round of DPO changes nothing", flush=True)
     return {"steps": 0} | summary
+
+
+def fits_window(context: Context) -> Callable[[str], bool]:
+    """Whether M_self could have written a response or refinement."""
+    e = context.encoder
+    return lambda text: len(e.tokenizer.encode(text)) < e.response_window
+
+
+def fits_windows(context: Context) -> Callable[[Record], bool]:
+    """Whether M_self could have written a record: what is longer than it may write would teach it what it cannot do."""
+    # Of the whole sequence: arms and a later --redo may learn more parts of it than this run's config.without says.
+    form, short = make_form(context, ""), fits_window(context)
+
+    def fits(record: Record) -> bool:
+        both = short(record.response) and short(record.refinement)
+        return both and len(form.critique(record.feedback)) <= context.config.feedback_window
+
+    return fits
 
 
 def _show_record(records: Sequence[Record]) -> None:
@@ -364,7 +519,7 @@ def make_critic(context: Context) -> Critic:
         template = feedback_lib.load_template("critic", config.data.templates)
         return critics.server_critic(config.critic, template, context.workdir.root / "feedback" / "calls")
     other, stage = open_srt(config.critic.workdir)
-    model = make_self_critic(other, stage, 0.0, config.evaluation.batch_size)
+    model = make_self_critic(other, stage, 0.0, config.critic_feedback.batch_size)
     return critics.self_critic(model, f"{stage} {other.workdir.model_digest(stage)}")
 
 
@@ -411,6 +566,8 @@ def dpo_stage(context: Context, number: int) -> dict:
     form, e = make_form(context), context.encoder
     records = [r for r in read_records(context, f"self_feedback_{number}") if not r.dropped]
     end = list(form.feedback_begins)
+    if e.tokenizer.eos_id in end:  # a template that ends the answer's turn: nothing is sampled behind that
+        end = end[: end.index(e.tokenizer.eos_id) + 1]
     ids = lambda text: [*e.tokenizer.encode(text), *end]  # noqa: E731
     model = common.model_of(context, last)
     ref_params = common.load_model(context, last)
@@ -418,7 +575,8 @@ def dpo_stage(context: Context, number: int) -> dict:
         context.workdir.save_model(stage, ref_params)
         return {"steps": 0, "rows": 0}
     data = pairs.pair_rows([(form.prompt(r.instruction), ids(r.refinement), ids(r.response)) for r in records])
-    data = data._replace(ref_log_probs=dpo.reference_log_probs(model, ref_params, data, settings.batch_size))
+    log_probs = dpo.reference_log_probs(model, ref_params, data, settings.batch_size, chunk_size=settings.chunk_size)
+    data = data._replace(ref_log_probs=log_probs)
     num_steps = settings.num_steps or max(1, round(settings.num_epochs * len(records) / settings.batch_size))
     optimizer = optimizers.make_optimizer(settings.optimizer, num_steps)
     state = loop.run(
@@ -433,6 +591,7 @@ def dpo_stage(context: Context, number: int) -> dict:
             kind=settings.loss,
             label_smoothing=settings.label_smoothing,
             length_normalized=settings.length_normalized,
+            chunk_size=settings.chunk_size,
             accumulation=settings.accumulation,
         ),
         directory=context.workdir.checkpoints(stage),
@@ -443,15 +602,16 @@ def dpo_stage(context: Context, number: int) -> dict:
     return {"steps": num_steps, "rows": len(records)}
 
 
-def check(context: Context) -> None:
+def check(config: SrtConfig, todo: set[str]) -> None:
     """What must hold before anything is trained: M_base is there, the critic answers, its template can be read."""
-    config = context.config
-    if config.base and context.workdir.done("sft_policy") is None:
+    if config.base and todo & {"data", "sft_policy"}:
         _checkpoint(config.base)
-    for settings in (config.critic_feedback, config.self_feedback):
-        if settings.gap_workdir:
-            pit.open_finished(settings.gap_workdir, ["r_pit"])
-    if context.workdir.done("critic_feedback") is not None:
+        _check_tokenizer(config)
+    asking = {"critic_feedback": config.critic_feedback}
+    asking |= {f"self_feedback_{i}": config.self_feedback for i in range(1, config.num_rounds + 1)}
+    for folder in {settings.gap_workdir for stage, settings in asking.items() if stage in todo} - {""}:
+        pit.open_finished(folder, ["r_pit"])
+    if "critic_feedback" not in todo:
         return
     if config.critic.kind == "workdir":
         open_srt(config.critic.workdir)
@@ -474,7 +634,7 @@ def stage_functions(context: Context) -> dict[str, Callable[[], dict]]:
         functions[f"self_feedback_{i}"] = functools.partial(self_feedback_stage, context, i)
         functions[f"dpo_{i}"] = functools.partial(dpo_stage, context, i)
     for arm, (without, share) in ARMS.items():
-        functions[f"arm_{arm}"] = functools.partial(srt_stage, context, f"arm_{arm}", without, share)
+        functions[f"arm_{arm}"] = functools.partial(srt_stage, context, f"arm_{arm}", without or config.without, share)
     return functions
 
 

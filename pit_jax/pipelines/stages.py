@@ -5,6 +5,7 @@ data/                       rows, tokenizer
 checkpoints/STAGE/          states of a stage that is running or done
 candidates/STAGE/           parameters among which a stage chooses
 models/STAGE/               the parameters that a stage leaves behind
+feedback/STAGE.jsonl        what critics have said (SRT); feedback/calls: all replies of a server
 stages/STAGE.json           written last: the stage is done, and what it measured
 metrics.jsonl, tensorboard/ training metrics
 samples/                    what the models write
@@ -13,6 +14,7 @@ results.json                every number of the tables
 
 import hashlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -20,8 +22,17 @@ from pathlib import Path
 from typing import Any
 
 from pit_jax import checkpoint, config as config_lib
-from pit_jax.files import write_json_atomic
+from pit_jax.files import read_json, write_json_atomic
 from pit_jax.types import Params
+
+STAGE_FOLDERS = ("models", "candidates", "checkpoints", "samples")
+"""Folders in which each stage has a folder of its own."""
+
+DISCARDING = "discarding.json"
+"""Stages whose deletion has begun."""
+
+_OPTIONAL = re.compile(r"(?:rl_pit|self_feedback|dpo)_\d+|arm_[a-z_]+")
+"""Stages that one config has and another of the same system has not."""
 
 FREE_FIELDS = ("arms",)
 """Top-level fields that may change on a workdir: they add something and alter nothing that was trained."""
@@ -30,18 +41,20 @@ FREE_FIELDS = ("arms",)
 class Workdir:
     """Paths and done-markers of a run."""
 
-    def __init__(self, root: str | Path, config: Any, free_fields: Sequence[str] = FREE_FIELDS):
+    def __init__(self, root: str | Path, config: Any, free_fields: Sequence[str] = FREE_FIELDS, claim: bool = True):
         """Opens or creates a workdir.
 
         Args:
           root: the folder.
           config: of the run.
           free_fields: top-level fields that may differ from those it was made with.
+          claim: writes the config at once; else `claim` does.
 
         Raises:
           ValueError: where something was trained in it with another config; the fields that differ are named.
         """
-        self.root = Path(root)
+        self.root, self.config = Path(root), config
+        self._finish_discarding()
         path = self.root / "config.json"
         ours = json.loads(config_lib.to_json(config))
         if path.exists():
@@ -59,8 +72,13 @@ class Workdir:
             raise ValueError(f"--workdir={self.root} is a file, but must be a folder")
         elif self.root.exists() and any(self.root.iterdir()):
             raise ValueError(f"workdir {self.root} is not empty and has no config.json: use another --workdir")
+        if claim:
+            self.claim()
+
+    def claim(self) -> None:
+        """Writes the config: from now on it is that of this workdir."""
         self.root.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(path, ours)
+        write_json_atomic(self.root / "config.json", json.loads(config_lib.to_json(self.config)))
 
     @classmethod
     def of(cls, root: str | Path) -> "Workdir":
@@ -82,6 +100,10 @@ class Workdir:
         """Folder of the parameters among which a stage chooses."""
         return self.root / "candidates" / stage
 
+    def unfinished_feedback(self, stage: str) -> Path:
+        """What a stage that asks critics has so far; gone when it is done."""
+        return self.root / "feedback" / f"{stage}.unfinished.jsonl"
+
     def done(self, stage: str) -> dict | None:
         """What a finished stage has measured, or None."""
         path = self.root / "stages" / f"{stage}.json"
@@ -95,12 +117,33 @@ class Workdir:
         """Takes the mark of a stage away, so that it runs again."""
         (self.root / "stages" / f"{stage}.json").unlink()
 
-    def discard(self, stage: str) -> None:
-        """Deletes what a stage has left, the mark first."""
-        (self.root / "stages" / f"{stage}.json").unlink(missing_ok=True)
-        (self.root / "stages" / f"{stage}.seconds.json").unlink(missing_ok=True)
-        for folder in ("models", "candidates", "checkpoints", "samples"):
-            shutil.rmtree(self.root / folder / stage, ignore_errors=True)
+    def discard(self, *stages: str) -> None:
+        """Deletes what stages have left; what a kill leaves of it is deleted when the workdir is opened again."""
+        if stages:
+            write_json_atomic(self.root / DISCARDING, list(stages))
+            self._finish_discarding()
+
+    def _finish_discarding(self) -> None:
+        path = self.root / DISCARDING
+        if not path.exists():
+            return
+        stages = read_json(path)
+        for stage in reversed(stages):  # the marks first, that of the last stage before those of earlier ones
+            (self.root / "stages" / f"{stage}.json").unlink(missing_ok=True)
+        for stage in stages:
+            (self.root / "stages" / f"{stage}.seconds.json").unlink(missing_ok=True)
+            self.unfinished_feedback(stage).unlink(missing_ok=True)
+            (self.root / "feedback" / f"{stage}.jsonl").unlink(missing_ok=True)
+            for folder in STAGE_FOLDERS:
+                shutil.rmtree(self.root / folder / stage, ignore_errors=True)
+        path.unlink()
+
+    def left_by_others(self, names: Sequence[str]) -> list[str]:
+        """Rounds and arms, done or not, that have left something and are not among these stages."""
+        paths = [*self.root.glob("stages/*.json"), *self.root.glob("feedback/*.jsonl")]
+        paths += [path for folder in STAGE_FOLDERS for path in self.root.glob(f"{folder}/*") if path.is_dir()]
+        found = {path.name.partition(".")[0] for path in paths}
+        return sorted(name for name in found - set(names) if _OPTIONAL.fullmatch(name))
 
     def save_model(self, stage: str, params: Params) -> None:
         """Leaves the parameters of a stage behind."""
