@@ -33,8 +33,10 @@ EXTRAS = {
     "tpu": [f"jax[tpu]{JAX}"],
     "cuda": [f"jax[cuda12]{JAX}"],
     "critic": ["openai>=3,<4"],
-    "report": ["matplotlib>=3.9,<4"],
-    "parity": ["torch>=2.9,<3", "transformers[serving]>=5.20,<6"],
+    "hf": ["safetensors>=0.5,<1", "tokenizers>=0.22,<0.24", "huggingface_hub>=1,<3", "jinja2>=3.1,<4"],
+    "parquet": ["pyarrow>=18"],
+    "report": ["matplotlib>=3.9,<4", "scikit-learn>=1.5,<2"],
+    "parity": ["torch>=2.9,<3", "transformers[serving]>=5.20,<6", "peft>=0.17,<1"],
     "test": [
         "pytest>=8,<10",
         "pytest-xdist>=3.6,<4",

@@ -1,10 +1,12 @@
 """PIT on Anthropic's HH-RLHF, read from local files.
 
-    python -m pit_jax.train --config=configs/pit_hh_rlhf.py:small --config.data.path=FOLDER --workdir=runs/hh
+    python -m pit_jax.train --config=configs/pit_hh_rlhf.py:small --config.data.path=FOLDER \\
+        --config.pretrain.text=BOOKS --workdir=runs/hh
 
 FOLDER holds .jsonl, .jsonl.gz or .jsonl.xz files of {"chosen", "rejected"} dialogues, in subfolders too; a file does as
-well. `small` trains a decoder from scratch on what the folds hold: enough to run every stage on real pairs, far too
-little to write English.
+well. BOOKS holds English text to pretrain on (.txt, or .jsonl with a field "text"; compressed too); without it M_pre
+learns from the dialogues of the first fold alone. `small` trains a decoder from scratch: enough to run every stage on
+real pairs, far too little to write English.
 """
 
 import dataclasses

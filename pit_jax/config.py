@@ -145,6 +145,13 @@ class PretrainConfig:
     sft: SFTConfig = SFTConfig()
     refinement_share: float = 0.5  # rows (x, y_l, c, y_w) of both Self-Refine forms; the rest are (x, y_w, c)
     learn_rejected: bool = False  # the dialogues' y_l is learnt as well
+    text: str = ""  # a file or folder of plain text (.txt, .jsonl with "text", .gz, .xz), learnt beside the rows
+    text_tokens: int = 0  # at most so many tokens of it; 0: all
+
+    def __post_init__(self):
+        _check(not self.text or self.sft.sequence_length > 0, "text is packed: set sft.sequence_length above 0")
+        _check(not self.text or not self.checkpoint, "text is for an M_pre that is trained here: leave one empty")
+        _check(self.text_tokens >= 0, f"text_tokens={self.text_tokens}: not below 0")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -149,7 +149,7 @@ def main(argv: list[str]) -> None:
             options = dataclasses.replace(options, tables=("win_rates", *options.tables))
         common.require(context, system.needs(context.config))
         with jax.set_mesh(sharding.make_mesh(context.config.mesh.data, context.config.mesh.model)):
-            common.load_data(context, ("selection", "test"))
+            common.load_data(context, ("rm", "selection", "test"))
             run.add_verdicts(workdir, _VERDICTS.value)
             evaluation = run.Evaluation(system, context, options, judges_of_flags(system, context))
             run.write(evaluation, " ".join(["python -m pit_jax.evaluate", *sys.argv[1:]]))

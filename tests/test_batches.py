@@ -149,7 +149,7 @@ def test_score_batches_of_like_length():
     groups = [[[i + 1] * n, [i + 1] + [200] * (n // 2)] for i, n in enumerate(rng.integers(2, 60, 101))]
     data = batches.score_rows(groups)
     lengths = np.sum(data.members > 0, axis=1)
-    batch_at = batches.make_score_batch_at(data, 8, seed=3)
+    batch_at = batches.make_score_batch_at(data, 8, seed=3, num_steps=32)
     seen, padding = [], 0
     for step in range(2 * 12):  # 101 rows: 12 batches of 8, and 5 rows that this epoch leaves out
         batch = jax.tree.map(np.asarray, batch_at(step))
@@ -164,7 +164,7 @@ def test_score_batches_of_like_length():
     assert all(len(set(epoch)) == 96 for epoch in epochs)
     assert set(epochs[0]) != set(epochs[1]), "other rows are left out"
     assert padding / 24 < 10, "88 - 46 without buckets"
-    again = batches.make_score_batch_at(data, 8, seed=3)
+    again = batches.make_score_batch_at(data, 8, seed=3, num_steps=32)
     for step in (13, 2):
         np.testing.assert_array_equal(np.asarray(again(step).tokens)[:, 0] - 1, seen[step])
     padded = batches.length_buckets(lengths)
@@ -173,8 +173,10 @@ def test_score_batches_of_like_length():
         parts = [batches.like_length_numbers(padded, 8, step, 3, host=h, num_hosts=4) for h in range(4)]
         np.testing.assert_array_equal(np.concatenate([rows for rows, _ in parts]), whole)
         assert {other for _, other in parts} == {length}
-    few = batches.make_score_batch_at(batches.score_rows(groups[:3]), 8, seed=3)(0)
+    few = batches.make_score_batch_at(batches.score_rows(groups[:3]), 8, 3, 32)(0)
     assert set(np.asarray(few.tokens)[:, 0]) == {1, 2, 3}
+    short = batches.make_score_batch_at(data, 8, 3, num_steps=4)  # too few steps for more than one compiled shape
+    assert {short(step).tokens.shape[1] for step in range(4)} == {batches.round_up(int(lengths.max()))}
 
 
 def test_round_up():

@@ -208,9 +208,16 @@ def like_length_numbers(
     return rows[host * local : (host + 1) * local], int(padded[rows].max())
 
 
-def make_score_batch_at(data: ScoreBatch, batch_size: int, seed: int) -> Callable[[int], ScoreBatch]:
-    """`batch_at(step)` whose batches hold groups of like length and are cut to it, so that little is padding."""
-    padded = length_buckets(np.sum(data.members > 0, axis=1))
+def make_score_batch_at(
+    data: ScoreBatch, batch_size: int, seed: int, num_steps: int, steps_per_shape: int = 4
+) -> Callable[[int], ScoreBatch]:
+    """`batch_at(step)` whose batches hold groups of like length and are cut to it, so that little is padding.
+
+    Each length is another compiled shape, so there is one for every `steps_per_shape` of the `num_steps` at most, and
+    eight at most.
+    """
+    smallest = max(0.125, min(1.0, steps_per_shape / num_steps))
+    padded = length_buckets(np.sum(data.members > 0, axis=1), smallest=smallest)
 
     def batch_at(step: int) -> ScoreBatch:
         rows, length = like_length_numbers(

@@ -6,6 +6,7 @@ functions of these files alone.
 
 import dataclasses
 import functools
+import importlib.util
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from pit_jax.data import verifier
 from pit_jax.evaluation import (
     agreement,
     answers,
+    bag_of_words,
     judges as judging,
     ratings,
     store,
@@ -157,12 +159,24 @@ def reward_models(run: Evaluation) -> dict:
     for judge in run.judges:
         if judge.name not in OWN_JUDGES and (said := judge_agreement(run, judge)):
             report[judge.name] = said
+    if said := word_counts(run):
+        report["bag_of_words"] = said
     edges = np.histogram_bin_edges(np.concatenate(four), bins=60)
     density = {
         name: np.histogram(x, edges, density=True)[0].tolist()
         for name, x in zip(agreement.PAIRING_NAMES, four, strict=True)
     }
     return {"reward_models": report, "gap_distributions": {"edges": edges.tolist(), "density": density}}
+
+
+def word_counts(run: Evaluation) -> dict | None:
+    """Accuracy of word counts that learn from the rows of R_P; None without scikit-learn."""
+    if importlib.util.find_spec("sklearn") is None:
+        return None
+    splits = [run.context.rows[name] for name in ("rm", "selection", "test")]
+    spec = {"rows": [store.digest([[r.chosen, r.rejected] for r in split]) for split in splits]}
+    path = run.maker.root / "agreement" / "bag_of_words.json"
+    return store.values(path, spec, lambda: bag_of_words.accuracy(*splits))
 
 
 def judge_agreement(run: Evaluation, judge: Judge) -> dict | None:

@@ -24,6 +24,7 @@ from pit_jax.data import (
     synthetic,
     synthetic_text,
     templates,
+    texts as texts_lib,
     tokenizer as tokenizer_lib,
 )
 from pit_jax.files import read_json, write_text_atomic
@@ -126,6 +127,8 @@ def data_stage(context: Context, words: Sequence[str] = (), tokenizer: str | Pat
         # From the first fold alone (section 4.1's D_SFT): the others must stay unseen until their stage.
         texts = [text for row in raw["sft"] for text in (row.prompt, row.rejected, row.chosen, row.reflection)]
         texts += words
+        if config.pretrain.text:
+            texts += vocabulary_sample(plain_text(config))
         if config.data.source == "synthetic":
             # Each word of the lexicon and of the templates whole, in its three cases.
             texts += synthetic_text.word_forms(templates.literals(config.data.templates), *words)
@@ -271,17 +274,31 @@ def likelihood_stage(
     return {"steps": num_steps, "rows": len(rows), "sequences": num_sequences, "over_length": over_length}
 
 
-def pretraining_rows(context: Context) -> list[tuple[list[int], ...]]:
-    """M_pre's text: dialogues in which an answer is followed by its review, and some reviews by a better answer.
+def plain_text(config: Any) -> list[str]:
+    """The documents of `pretrain.text`, in an order of their own."""
+    return texts_lib.in_order(texts_lib.read(config.pretrain.text), seed_of(config, "pretrain/text"))
 
-    (x, y_w, c of y_w), or (x, y_l, c, y_w): the two forms of Self-Refine. A review stands directly behind the answer's
-    EOS, where a reward model reads its score. A row of preference data that has no reflection (real data) gives two
+
+def vocabulary_sample(documents: Sequence[str], num_documents: int = 1000, num_characters: int = 4000) -> list[str]:
+    """The beginnings of the first documents: what a vocabulary is learnt from must not take longer than the model."""
+    return [text[:num_characters] for text in documents[:num_documents]]
+
+
+def pretraining_rows(context: Context) -> list[batches.Turns]:
+    """M_pre's rows: plain text where there is some, and dialogues.
+
+    In these an answer is followed by its review, and some reviews by a better answer: (x, y_w, c of y_w), or
+    (x, y_l, c, y_w), the two forms of Self-Refine. A review stands directly behind the answer's EOS, where a reward
+    model reads its score. A row of preference data that has no reflection (real data) gives two
     plain rows. Text of the world is good and bad: y_l is learnt too, where `pretrain.learn_rejected` says so, and then
     M_P's mistakes are like those of y_l.
     """
     e, share = context.encoder, context.config.pretrain.refinement_share
     examples = context.rows["pretrain"] or context.rows["sft"]
-    rows: list[tuple[list[int], ...]] = []
+    rows: list[batches.Turns] = []
+    if context.config.pretrain.text:
+        length, most = context.config.pretrain.sft.sequence_length, context.config.pretrain.text_tokens
+        rows += texts_lib.sequences(plain_text(context.config), e.tokenizer, length, most)
     for i, row in enumerate(examples):
         good, bad = e.response(row.chosen), e.response(row.rejected)
         if not row.reflection:

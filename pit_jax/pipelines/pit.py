@@ -185,7 +185,7 @@ def reward_stage(
         stage=stage,
         num_steps=num_steps,
         batch_at=batches.make_score_batch_at(
-            batches.score_rows(groups), settings.batch_size, common.seed_of(config, stage)
+            batches.score_rows(groups), settings.batch_size, common.seed_of(config, stage), num_steps
         ),
         train_step=reward_model.make_train_step(
             model, optimizer, loss=settings.loss, accumulation=settings.accumulation
