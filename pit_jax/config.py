@@ -32,7 +32,8 @@ M_PIT^SFT with a chain of thought (appendix K)."""
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of a decoder (DESIGN: one decoder with fields, not a file per family)."""
+    """Sizes of a decoder, and what open families do differently (DESIGN: one decoder with fields, not a file per
+    family). The defaults of the second part are those of the models that are trained here from scratch."""
 
     vocab_size: int = 2048
     num_layers: int = 4
@@ -48,10 +49,58 @@ class ModelConfig:
     remat: str = "none"  # none, dots (keep matrix products), full
     copy_init: float = 0.0  # o starts as this times v transposed, so that heads pass on what they attend to
 
+    num_tokens: int = 0  # ids that exist: rows of the tables behind them are padding and get no probability; 0: all
+    activation: str = "silu"  # of the gate: silu, gelu_tanh
+    embedding_scale: bool = True  # embeddings are multiplied by the square root of d_model
+    norm_offset: float = 0.0  # norms multiply by this plus their scale (Gemma: 1)
+    qkv_bias: bool = False
+    qk_norm: bool = False  # queries and keys of each head are normalised before they are turned
+    post_norms: bool = False  # also what attention and MLP give back is normalised
+    query_scale: float = 0.0  # queries are divided by the square root of this; 0: head_dim
+    attention_softcap: float = 0.0  # scores are kept below this by a tanh; 0: not
+    logit_softcap: float = 0.0
+    sliding_window: int = 0  # a token sees itself and those less than this before it; 0: all before it
+    global_every: int = 0  # of a sliding window: layers n, 2n, ... see all before it; 0: none does
+    local_rope_theta: float = 0.0  # of layers with a window, without rope_scaling; 0: as the others
+    rope_scaling: str = "none"  # none, linear, llama3 (as of Llama 3.1)
+    rope_factor: float = 1.0
+    rope_low_freq_factor: float = 1.0  # the last three are of llama3
+    rope_high_freq_factor: float = 4.0
+    rope_original_length: int = 8192
+
     def __post_init__(self):
         _check(self.num_heads % self.num_kv_heads == 0, "num_heads must be a multiple of num_kv_heads")
         _check(self.remat in ("none", "dots", "full"), f"remat is {self.remat!r}: use none, dots or full")
         _check(self.dtype in ("float32", "bfloat16"), f"dtype is {self.dtype!r}: use float32 or bfloat16")
+        _check(
+            0 <= self.num_tokens <= self.vocab_size,
+            f"num_tokens={self.num_tokens}: from 0 to vocab_size={self.vocab_size}",
+        )
+        known = ("silu", "gelu_tanh")
+        _check(self.activation in known, f"activation is {self.activation!r}: use {' or '.join(known)}")
+        known = ("none", "linear", "llama3")
+        _check(self.rope_scaling in known, f"rope_scaling is {self.rope_scaling!r}: use none, linear or llama3")
+        for name in ("query_scale", "attention_softcap", "logit_softcap", "sliding_window", "local_rope_theta"):
+            _check(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: not below 0")
+        _check(self.global_every >= 0, f"global_every={self.global_every}: not below 0")
+        _check(self.global_every != 1, "global_every=1: all layers see all: set sliding_window and global_every to 0")
+        for name in ("global_every", "local_rope_theta"):
+            _check(
+                not getattr(self, name) or self.sliding_window > 0,
+                f"{name}={getattr(self, name)} is for models with a sliding_window: set one, or set it to 0",
+            )
+        _positive(self, "rope_factor")
+        _check(
+            self.rope_scaling != "none" or self.rope_factor == 1.0,
+            f"rope_factor={self.rope_factor} is for rope_scaling=linear or llama3: set one, or set it to 1",
+        )
+        if self.rope_scaling == "llama3":
+            _positive(self, "rope_low_freq_factor", "rope_original_length")
+            _check(
+                self.rope_low_freq_factor < self.rope_high_freq_factor,
+                f"rope_low_freq_factor={self.rope_low_freq_factor} must be below "
+                f"rope_high_freq_factor={self.rope_high_freq_factor}",
+            )
 
 
 @dataclasses.dataclass(frozen=True)

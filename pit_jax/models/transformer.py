@@ -1,5 +1,7 @@
 """The decoder: RMSNorm, rotary positions, grouped-query attention, gated MLP; scanned over layers.
 
+What Llama, Mistral, Qwen and Gemma add to that are fields of `ModelConfig`, whose defaults leave it away.
+
 Flax Linen is used thinly: a module is a pure `apply(params, ...)`, and policy, reference, value and reward models are
 the same stateless modules with different parameter trees. Weights are stored with `AxisRules` specs and gathered over
 the FSDP axis just before use (`_weight`), which on a mesh with one device is free.
@@ -23,12 +25,14 @@ class KVCache(NamedTuple):
     Attributes:
       k, v: [L, B, S, K, H].
       segments: [B, S] int32, 0 where nothing valid is stored.
+      positions: [B, S] int32, which say how far back a key is: slots of other rows may lie between.
       index: [] int32, the slot that the next token is written to (the same for all rows: prompts are left-padded).
     """
 
     k: Array
     v: Array
     segments: Array
+    positions: Array
     index: Array
 
 
@@ -36,20 +40,49 @@ def init_cache(config: ModelConfig, batch_size: int, length: int, rules: AxisRul
     """An empty cache for `length` slots."""
     shape = (config.num_layers, batch_size, length, config.num_kv_heads, config.head_dim)
     spec = rules.spec(None, "batch", None, "heads", None)
-    zeros = jnp.zeros(shape, config.dtype, out_sharding=spec)
-    segments = jnp.zeros((batch_size, length), jnp.int32, out_sharding=rules.spec("batch", None))
-    return KVCache(zeros, jnp.zeros(shape, config.dtype, out_sharding=spec), segments, jnp.int32(0))
+    zeros = lambda: jnp.zeros(shape, config.dtype, out_sharding=spec)  # noqa: E731
+    slots = lambda: jnp.zeros((batch_size, length), jnp.int32, out_sharding=rules.spec("batch", None))  # noqa: E731
+    return KVCache(zeros(), zeros(), slots(), slots(), jnp.int32(0))
 
 
-def rotary(x: Array, positions: Array, theta: float) -> Array:
-    """Rotary position embedding (Su et al. 2021), halves convention. x: [B, T, ..., H], positions: [B, T]."""
+def rotary(x: Array, positions: Array, theta: float | Array) -> Array:
+    """Rotary position embedding (Su et al. 2021), halves convention.
+
+    Args:
+      x: [B, T, ..., H].
+      positions: [B, T].
+      theta: the base, or the frequencies themselves, [H / 2] (`rotary_frequencies`).
+    """
     half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    frequency = _powers(theta, half) if isinstance(theta, float) else theta
     angle = positions.astype(jnp.float32)[..., None] * frequency
     angle = angle.reshape(angle.shape[:2] + (1,) * (x.ndim - 3) + (half,))
     cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
     x1, x2 = x[..., :half], x[..., half:]
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)
+
+
+def _powers(theta: float, half: int) -> Array:
+    return theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+
+
+def rotary_frequencies(config: ModelConfig) -> tuple[Array, Array]:
+    """Radians per position, [H / 2], of layers that see everything and of layers with a sliding window.
+
+    rope_scaling=linear divides all by the factor (Chen et al. 2023). llama3 (Llama 3.1) divides those whose wave is
+    longer than rope_original_length / rope_low_freq_factor, leaves those shorter than rope_original_length /
+    rope_high_freq_factor, and blends in between.
+    """
+    c, half = config, config.head_dim // 2
+    plain = frequency = _powers(c.rope_theta, half)
+    if c.rope_scaling == "linear":
+        frequency = plain / c.rope_factor
+    if c.rope_scaling == "llama3":
+        waves = c.rope_original_length * plain / (2 * jnp.pi)  # that fit into the length of pretraining
+        kept = (waves - c.rope_low_freq_factor) / (c.rope_high_freq_factor - c.rope_low_freq_factor)
+        kept = jnp.clip(kept, 0.0, 1.0)
+        frequency = plain * (kept + (1.0 - kept) / c.rope_factor)
+    return frequency, _powers(c.local_rope_theta, half) if c.local_rope_theta else frequency
 
 
 def project(x: Array, weight: Array, spec: jax.P) -> Array:
@@ -71,12 +104,25 @@ def project(x: Array, weight: Array, spec: jax.P) -> Array:
     return jnp.reshape(out, (B, T, *weight.shape[inner:]), out_sharding=spec)
 
 
-def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """Grouped-query attention. q: [B, T, K, G, H]; k, v: [B, S, K, H]; mask: [B, T, S]. Returns [B, T, K, G, H]."""
+def attention(q: Array, k: Array, v: Array, mask: Array, query_scale: float = 0.0, softcap: float = 0.0) -> Array:
+    """Grouped-query attention.
+
+    Args:
+      q: [B, T, K, G, H].
+      k, v: [B, S, K, H].
+      mask: [B, T, S], true where a query sees a key.
+      query_scale: queries are divided by its square root; 0: by that of H.
+      softcap: scores s become softcap * tanh(s / softcap) (Gemma 2); 0: they stay.
+
+    Returns:
+      [B, T, K, G, H].
+    """
     B, T, K, G, H = q.shape
     # The queries of a group are rows of one product with their shared keys: [B, K, G * T, H] x [B, K, H, S].
-    q = (q * H**-0.5).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
+    q = (q * (query_scale or H) ** -0.5).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
     scores = jnp.einsum("bkqh,bskh->bkqs", q, k, preferred_element_type=jnp.float32).reshape(B, K, G, T, -1)
+    if softcap:
+        scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask[:, None, None], scores, -1e30)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, K, G * T, -1)
     out = jnp.einsum("bkqs,bskh->bkqh", weights, v).reshape(B, K, G, T, H)
@@ -84,14 +130,16 @@ def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalisation (Zhang and Sennrich 2019), in float32."""
+    """Root mean square normalisation (Zhang and Sennrich 2019), in float32, times `offset` + scale."""
 
     epsilon: float
     dtype: Any
+    offset: float = 0.0
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        scale = self.param("scale", nn.initializers.constant(1.0 - self.offset), (x.shape[-1],), jnp.float32)
+        scale = scale + self.offset if self.offset else scale
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
         return (x * scale).astype(self.dtype)
@@ -123,26 +171,52 @@ class Block(nn.Module):
         gathered = dataclasses.replace(self.rules, embed=None).spec(*axes)
         return jax.sharding.reshard(weight.astype(self.config.dtype), gathered)
 
+    def _norm(self, name: str) -> RMSNorm:
+        return RMSNorm(self.config.norm_epsilon, self.config.dtype, self.config.norm_offset, name=name)
+
+    def _biased(self, name: str, x: Array, axes: tuple[str | None, ...]) -> Array:
+        """x [B, T, ...] plus a bias of the axes behind [B, T]."""
+        zeros = lambda _, shape, dtype: jnp.zeros(shape, dtype, out_sharding=self.rules.spec(*axes))  # noqa: E731
+        return x + self.param(name, zeros, x.shape[2:], jnp.float32).astype(self.config.dtype)
+
+    def _sight(self, layer: Array, masks: tuple[Array, Array | None]) -> tuple[Array, Array]:
+        """(mask, rotary frequencies) of a layer: all in which layers with a window differ from the others."""
+        c = self.config
+        everything, window = masks
+        far, near = rotary_frequencies(c)
+        if not c.sliding_window:
+            return everything, far
+        if not c.global_every:
+            return window, near
+        is_global = (layer + 1) % c.global_every == 0
+        return jnp.where(is_global, everything, window), jnp.where(is_global, far, near)
+
     @nn.compact
-    def __call__(self, carry, positions: Array, mask: Array):
+    def __call__(self, carry, positions: Array, masks: tuple[Array, Array | None]):
         x, cache, layer = carry
         c, rules = self.config, self.rules
         D, F, K, H = c.d_model, c.mlp_dim, c.num_kv_heads, c.head_dim
         G = c.num_heads // K
         out_scale = (2 * c.num_layers) ** -0.5
+        mask, frequency = self._sight(layer, masks)
 
         with jax.named_scope("attention"):
-            y = RMSNorm(c.norm_epsilon, c.dtype, name="attention_norm")(x)
+            y = self._norm("attention_norm")(x)
             heads = rules.spec("batch", None, "heads", None)
             q = self._weight("q", (D, K, G, H), ("embed", "heads", None, None), D)
             q = project(y, q, rules.spec("batch", None, "heads", None, None))
             k = project(y, self._weight("k", (D, K, H), ("embed", "heads", None), D), heads)
             v_weight = self._weight("v", (D, K, H), ("embed", "heads", None), D)
             v = project(y, v_weight, heads)
-            q, k = rotary(q, positions, c.rope_theta), rotary(k, positions, c.rope_theta)
+            if c.qkv_bias:
+                q = self._biased("q_bias", q, ("heads", None, None))
+                k, v = self._biased("k_bias", k, ("heads", None)), self._biased("v_bias", v, ("heads", None))
+            if c.qk_norm:
+                q, k = self._norm("q_norm")(q), self._norm("k_norm")(k)
+            q, k = rotary(q, positions, frequency), rotary(k, positions, frequency)
             if cache is not None:
                 cache, k, v = _update_cache(cache, layer, k, v)
-            y = attention(q, k, v, mask)
+            y = attention(q, k, v, mask, c.query_scale, c.attention_softcap)
             start = None
             if c.copy_init:
                 # Heads that pass on what they attend to: without this a small model needs several times the steps
@@ -151,14 +225,17 @@ class Block(nn.Module):
                 start = jnp.broadcast_to(transposed[:, None], (K, G, H, D))
             axes = ("heads", None, None, "embed")
             o = self._weight("o", (K, G, H, D), axes, c.num_heads * H, out_scale, start)
-            x = x + project(y, o, rules.spec("batch", None, None))
+            y = project(y, o, rules.spec("batch", None, None))
+            x = x + (self._norm("attention_post_norm")(y) if c.post_norms else y)
         with jax.named_scope("mlp"):
-            y = RMSNorm(c.norm_epsilon, c.dtype, name="mlp_norm")(x)
+            y = self._norm("mlp_norm")(x)
             wide = rules.spec("batch", None, "mlp")
             gate = project(y, self._weight("gate", (D, F), ("embed", "mlp"), D), wide)
             up = project(y, self._weight("up", (D, F), ("embed", "mlp"), D), wide)
             down = self._weight("down", (F, D), ("mlp", "embed"), F, out_scale)
-            x = x + project(nn.silu(gate) * up, down, rules.spec("batch", None, None))
+            gate = nn.silu(gate) if c.activation == "silu" else nn.gelu(gate, approximate=True)
+            y = project(gate * up, down, rules.spec("batch", None, None))
+            x = x + (self._norm("mlp_post_norm")(y) if c.post_norms else y)
         return (x, cache, layer + 1), None
 
 
@@ -211,7 +288,7 @@ class Transformer(nn.Module):
             in_axes=nn.broadcast,
             length=c.num_layers,
         )(c, self.rules)
-        self.norm = RMSNorm(c.norm_epsilon, c.dtype)
+        self.norm = RMSNorm(c.norm_epsilon, c.dtype, c.norm_offset)
 
     def __call__(
         self,
@@ -226,7 +303,7 @@ class Transformer(nn.Module):
         Args:
           tokens: [B, T] int32.
           segments: [B, T] int32; positions attend within their own segment only, 0 is padding.
-          positions: [B, T] int32, for the rotary embedding.
+          positions: [B, T] int32, place in the segment, or in the row: for the rotary embedding and sliding windows.
           cache: keys and values of earlier tokens; T new ones are written at `cache.index`.
           members: [B, T] int32 sets of rows as bits, for rows that share what they begin with (`ScoreBatch`): a token
             attends to those that stand in all of its rows. Not with a cache.
@@ -234,35 +311,48 @@ class Transformer(nn.Module):
         Returns:
           (hidden [B, T, D], the cache with the new tokens, or None).
         """
-        T = tokens.shape[1]
+        c, T = self.config, tokens.shape[1]
         if cache is None:
-            query_slot, key_segments = jnp.arange(T), segments
+            query_slot, key_segments, key_positions = jnp.arange(T), segments, positions
         else:
             key_segments = jax.lax.dynamic_update_slice(cache.segments, segments, (0, cache.index))
+            key_positions = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cache.index))
             query_slot = cache.index + jnp.arange(T)
-            cache = cache._replace(segments=key_segments)
+            cache = cache._replace(segments=key_segments, positions=key_positions)
         causal = query_slot[:, None] >= jnp.arange(key_segments.shape[1])[None, :]
         mask = causal & (segments[:, :, None] == key_segments[:, None, :]) & (key_segments[:, None, :] > 0)
         if members is not None:
             assert cache is None, "rows that share tokens are read in one go"
             mask &= (members[:, :, None] & ~members[:, None, :]) == 0
+        window = None
+        if (
+            c.sliding_window
+        ):  # by positions: between a token and its past may lie padding, or what other rows go on with
+            window = mask & (positions[:, :, None] - key_positions[:, None, :] < c.sliding_window)
 
         # The whole table is gathered for the look-up: rows of a table that is sharded over the vocabulary cannot be
         # picked by index without either this or a one-hot product over V.
         table = jax.sharding.reshard(self.embedding.astype(self.config.dtype), jax.P(None, None))
         x = table.at[tokens].get(out_sharding=self.rules.spec("batch", None, None))
-        x = x * self.config.d_model**0.5
-        (x, cache, _), _ = self.layers((x, cache, jnp.int32(0)), positions, mask)
+        if c.embedding_scale:
+            x = x * c.d_model**0.5
+        (x, cache, _), _ = self.layers((x, cache, jnp.int32(0)), positions, (mask, window))
         if cache is not None:
             cache = cache._replace(index=cache.index + T)
         return self.norm(x), cache
 
     def logits(self, hidden: Array) -> Array:
-        """[..., D] -> float32 [..., V]."""
+        """[..., D] -> float32 [..., V]; -1e30 for ids that do not exist (`num_tokens`)."""
+        c = self.config
         table = self.embedding if self.config.tie_embeddings else self.unembedding
         spec = dataclasses.replace(self.rules, embed=None).spec("vocab", "embed")
         table = jax.sharding.reshard(table.astype(self.config.dtype), spec)
-        return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+        if c.logit_softcap:
+            logits = c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
+        if 0 < c.num_tokens < c.vocab_size:
+            logits = jnp.where(jnp.arange(c.vocab_size) < c.num_tokens, logits, -1e30)
+        return logits
 
     def full_logits(self, tokens: Array, segments: Array, positions: Array) -> Array:
         """[B, T, V]: for tests and for initialisation; training goes through chunks (losses.log_probs)."""
