@@ -284,14 +284,19 @@ def forward(description: hf.Description, params: Params, ids: np.ndarray) -> np.
     return np.concatenate(out)[: len(ids)].astype(np.float32)
 
 
+def check_flags(source: str | None, target: str | None, dtype: str | None, verify: str | None, logits: str | None):
+    """Raises ValueError where flags contradict one another: --from, --to, --dtype, --verify, --logits."""
+    if bool(source) == bool(target):
+        raise ValueError("name one of --from=hf and --to=hf")
+    if bool(verify) != bool(logits):
+        raise ValueError("--verify=IDS.npy and --logits=OUT.npy go together")
+    if source and dtype == "float16":
+        raise ValueError("--dtype=float16 is for files (--to=hf): activations are float32 or bfloat16")
+
+
 def convert() -> None:
     """Does what the flags say."""
-    if bool(_FROM.value) == bool(_TO.value):
-        raise ValueError("name one of --from=hf and --to=hf")
-    if bool(_VERIFY.value) != bool(_LOGITS.value):
-        raise ValueError("--verify=IDS.npy and --logits=OUT.npy go together")
-    if _FROM.value and _DTYPE.value == "float16":
-        raise ValueError("--dtype=float16 is for files (--to=hf): activations are float32 or bfloat16")
+    check_flags(_FROM.value, _TO.value, _DTYPE.value, _VERIFY.value, _LOGITS.value)
     output, ids = Path(_OUTPUT.value), read_ids(Path(_VERIFY.value)) if _VERIFY.value else None
     _refuse_existing(output, *([Path(_LOGITS.value)] if _LOGITS.value else []))
     with jax.set_mesh(sharding.make_mesh()):

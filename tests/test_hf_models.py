@@ -72,14 +72,15 @@ def made(tmp_path_factory):
         config._attn_implementation = "eager"
         prefix = "Gemma3" if family == "Gemma3Text" and kind == "ForCausalLM" else family
         model = getattr(transformers, f"{prefix}{kind}")(config).eval()
-        # Large enough that every part shows in the logits; norms and biases away from their start of 0 or 1.
+        # Large enough that every part shows in the logits; norms and biases away from their start of 0 or 1. A table
+        # that is small beside the last norm: else a tied model says its last token again.
         torch.manual_seed(len(name))
         with torch.no_grad():
-            for parameter in model.parameters():
+            for where, parameter in model.named_parameters():
                 if parameter.ndim == 2:
-                    parameter.normal_(0, 1.5 / parameter.shape[1] ** 0.5)
+                    parameter.normal_(0, (1.5 if "layers" in where else 0.5) / parameter.shape[1] ** 0.5)
                 else:
-                    parameter.add_(torch.randn_like(parameter) * 0.3)
+                    parameter.add_(torch.randn_like(parameter) * 0.3 + (4.0 if where == "model.norm.weight" else 0.0))
         model = model.to(getattr(torch, dtype))
         folder = tmp_path_factory.mktemp(name)
         model.save_pretrained(folder)
@@ -128,7 +129,8 @@ def theirs_of(model, tokens, lengths):
 
 
 def exported(folder, config, kind, params, dtype="float32", family="", **more):
-    hf.write(folder, params, hf.Description(kind, family, dtype, config, {"pad_token_id": 0}), **more)
+    description = hf.Description(kind, family, dtype, config, {"pad_token_id": 0})
+    hf.write(folder, jax.device_get(params), description, **more)
     return folder
 
 
@@ -304,11 +306,16 @@ def random_params(module, seed=0):
     return jax.tree.unflatten(tree, put)
 
 
+SHAPES = ((3, 9), (8, 2), (1, 5), (4, 4))
+
+
 def sft_gradients(shape):
     with jax.set_mesh(sharding.make_mesh(*shape, devices=jax.devices()[: shape[0] * shape[1]])):
         model = Transformer(EVERYTHING)
         params, rng = random_params(model), np.random.default_rng(1)
-        rows = [(list(rng.integers(3, 29, p)), list(rng.integers(3, 29, r))) for p, r in ((3, 9), (8, 2), (1, 5), (4, 4))]
+        rows = [
+            (list(rng.integers(3, 29, p)), list(rng.integers(3, 29, r))) for p, r in ((3, 9), (8, 2), (1, 5), (4, 4))
+        ]
         batch = sharding.shard_batch(sft.SFTBatch(batches.token_rows(rows, 12)))
         loss = lambda p: sft.sft_loss(p, batch, model=model, num_targets=12)[0]  # noqa: E731
         out = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)

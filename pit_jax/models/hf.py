@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_dtypes
 import numpy as np
+import sentencepiece
 
 from pit_jax import config as config_lib
 from pit_jax.config import ModelConfig
@@ -542,7 +543,7 @@ class TensorFiles:
                             self.files[name], self.shapes[name] = path, tuple(part.get_shape())
                             self.dtypes[name] = part.get_dtype()
                 except ValueError as error:
-                    problems.append(f"{file}: {error}")
+                    problems.append(str(error))
         if names and not problems:
             absent = [name for name in names if name not in self.files]
             problems = [f"{names[name]}: lacks {name}, which the index says is there" for name in absent]
@@ -570,7 +571,7 @@ def _open(path: Path) -> Iterator[Any]:
         with safetensors.safe_open(path, framework="np") as tensors:
             yield tensors
     except safetensors.SafetensorError as error:
-        raise ValueError(f"is damaged or cut short ({error})") from error
+        raise ValueError(f"{path.name}: is damaged or cut short ({error})") from error
 
 
 def _safetensors():
@@ -852,8 +853,6 @@ def tokenizer_size(folder: str | Path) -> tuple[int, list[str]] | None:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{fast} is no tokenizer of the tokenizers library ({error!r})") from error
     elif slow.is_file():
-        import sentencepiece
-
         try:
             processor = sentencepiece.SentencePieceProcessor(model_proto=slow.read_bytes())
         except RuntimeError as error:
