@@ -1,0 +1,316 @@
+"""The command that opens models of Hugging Face and writes them: whole or absent, and what it says."""
+
+import dataclasses
+import importlib.util
+import json
+import shutil
+import sys
+import types
+
+import commands
+import jax
+import numpy as np
+import pytest
+
+from pit_jax import checkpoint, convert
+from pit_jax.config import DataConfig, ModelConfig, PitConfig
+from pit_jax.data import tokenizer as tokenizer_lib
+from pit_jax.models import hf
+from pit_jax.models.transformer import ScalarModel, Transformer
+from pit_jax.pipelines.common import init_params
+from pit_jax.pipelines.stages import Workdir
+
+pytestmark = [
+    pytest.mark.usefixtures("one_device"),
+    pytest.mark.skipif(importlib.util.find_spec("safetensors") is None, reason="safetensors not installed (extra: hf)"),
+]
+parity = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="transformers not installed (extra: parity)"
+)
+
+SIZES = ModelConfig(
+    vocab_size=300, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=24,
+    embedding_scale=False, qkv_bias=True,
+)  # fmt: skip
+KEPT = {"bos_token_id": 1, "eos_token_id": [2, 7], "pad_token_id": 0, "max_position_embeddings": 77}
+
+
+def host_params(module, seed=0):
+    params = jax.device_get(init_params(module, jax.random.key(seed)))
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: (x + rng.normal(size=x.shape) * 0.1).astype(np.float32), params)
+
+
+@pytest.fixture
+def theirs(tmp_path):
+    """A Qwen 2 with a tokenizer of 290 ids, the highest of them added, and pieces of 0 to 288."""
+    folder = tmp_path / "theirs"
+    params = host_params(Transformer(SIZES))
+    hf.write(folder, params, hf.Description("language_model", "qwen2", "bfloat16", SIZES, KEPT))
+    added = [{"id": 289, "content": "<|im_end|>", "special": True}]
+    write(folder / "tokenizer.json", {"model": {"vocab": {f"p{i}": i for i in range(289)}}, "added_tokens": added})
+    write(folder / "generation_config.json", {"eos_token_id": [2, 7]})
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "merges.bin").write_bytes(b"x")
+    return folder
+
+
+def write(path, content):
+    path.write_text(json.dumps(content))
+
+
+def test_import_and_export_bring_everything_back(theirs, tmp_path, capsys):
+    description, params = convert.import_hf(str(theirs), tmp_path / "ckpt")
+    assert description.kind == "language_model" and description.family == "qwen2"
+    assert description.dtype == description.config.dtype == "bfloat16"
+    # 300 rows are more than the 290 ids and the 2 symbols.
+    assert (description.config.num_tokens, description.config.vocab_size) == (300, 384)
+    assert hf.read_description(tmp_path / "ckpt") == description
+    assert checkpoint.all_steps(tmp_path / "ckpt") == [0]
+    names = {path.name for path in (tmp_path / "ckpt" / "tokenizer").iterdir()}
+    assert names == {"tokenizer.json", "generation_config.json", "chat_template.jinja"}
+    assert "warning" not in capsys.readouterr().err
+
+    again, same = convert.export_hf(tmp_path / "ckpt", tmp_path / "out")
+    assert again == description
+    jax.tree.map(np.testing.assert_array_equal, same, params)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
+    values = hf.read_json(tmp_path / "out" / "config.json")
+    assert values == hf.read_json(theirs / "config.json") and values["eos_token_id"] == [2, 7]
+    assert hf.read_json(tmp_path / "out" / "tokenizer.json") == hf.read_json(theirs / "tokenizer.json")
+    assert not list(tmp_path.glob("*.partial"))
+
+    convert.export_hf(tmp_path / "ckpt", tmp_path / "wide", "float32")
+    assert hf.read_config(tmp_path / "wide")[0].dtype == "float32"
+    wide, narrow = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("wide", "out"))
+    assert 1.8 < wide / narrow < 2.0
+
+
+def test_symbols_get_rows_where_the_table_has_none(theirs, tmp_path):
+    """299 ids + 2 symbols in a table of 300 rows: one row is added, the mean of the 299."""
+    vocab = {f"p{i}": i for i in range(298)}
+    write(theirs / "tokenizer.json", {"model": {"vocab": vocab}, "added_tokens": [{"id": 298, "content": "x"}]})
+    description, params = convert.import_hf(str(theirs), tmp_path / "ckpt")
+    assert description.config.num_tokens == 301
+    table = np.asarray(params["params"]["embedding"])
+    assert table.shape == (384, 16) and not table[301:].any()
+    np.testing.assert_allclose(table[300], table[:299].mean(0), rtol=1e-2, atol=1e-4)
+    convert.export_hf(tmp_path / "ckpt", tmp_path / "out")
+    assert hf.read_json(tmp_path / "out" / "config.json")["vocab_size"] == 301
+    back, same = convert.import_hf(str(tmp_path / "out"), tmp_path / "again")
+    assert back.config == description.config, "the row is there now"
+    jax.tree.map(np.testing.assert_array_equal, same, params)
+
+
+def test_sizes_of_tokenizers(tmp_path):
+    assert hf.tokenizer_size(tmp_path) is None
+    model = tokenizer_lib.train(["some words to learn from, and some more"] * 3, 300)
+    size = tokenizer_lib.Tokenizer(model).vocab_size
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    assert hf.tokenizer_size(tmp_path) == (size, [])
+    write(tmp_path / "added_tokens.json", {"<pad>": size + 4})
+    assert hf.tokenizer_size(tmp_path) == (size + 5, [])
+    write(tmp_path / "tokenizer_config.json", {"added_tokens_decoder": {str(size + 9): {"content": "<x>"}}})
+    assert hf.tokenizer_size(tmp_path) == (size + 10, [])
+    # tokenizer.json goes before tokenizer.model; ids may have gaps.
+    write(tmp_path / "tokenizer.json", {"model": {"vocab": {"a": 0, "b": 700}}})
+    assert hf.tokenizer_size(tmp_path) == (701, ["<<Candidate>>", "<<Improved>>"])
+    write(tmp_path / "tokenizer.json", {"model": {"vocab": [["a", -1.0], ["<<Improved>>", -2.0]]}})
+    (tmp_path / "added_tokens.json").unlink()
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert hf.tokenizer_size(tmp_path) == (2, ["<<Candidate>>"])
+    write(tmp_path / "tokenizer.json", {"vocab": {}})
+    with pytest.raises(ValueError, match="tokenizer.json is no tokenizer"):
+        hf.tokenizer_size(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.model").write_bytes(b"x")
+    with pytest.raises(ValueError, match="tokenizer.model is no SentencePiece model"):
+        hf.tokenizer_size(tmp_path)
+
+
+def test_without_a_tokenizer_no_rows_are_added(theirs, tmp_path, capsys):
+    (theirs / "tokenizer.json").unlink()
+    description, _ = convert.import_hf(str(theirs), tmp_path / "ckpt")
+    assert description.config.num_tokens == 300
+    assert "warning" in (said := capsys.readouterr().err) and "no rows for the control symbols" in said
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A workdir of PIT with M_P^SFT and R_P of random parameters, and its tokenizer."""
+    root = tmp_path_factory.mktemp("run") / "run"
+    sizes = dataclasses.replace(SIZES, vocab_size=2048, embedding_scale=True, qkv_bias=False)
+    config = PitConfig(policy_model=sizes, pit_model=sizes, reward_model=sizes, data=DataConfig(response_window=40))
+    workdir = Workdir(root, config)
+    (root / "data").mkdir()
+    model = tokenizer_lib.train(["some words to learn from, and some more"] * 3, 300)
+    (root / "data" / "tokenizer.model").write_bytes(model)
+    workdir.finish("data", {})
+    padded = dataclasses.replace(sizes, vocab_size=384)
+    for stage, module in (("sft_policy", Transformer(padded)), ("r_p", ScalarModel(padded))):
+        params = host_params(module, len(stage))
+        if stage == "r_p":
+            params["params"]["bias"] = np.float32(1.25)
+        workdir.save_model(stage, params)
+        workdir.finish(stage, {})
+    return root
+
+
+def test_a_stage_of_a_run_is_exported(run, tmp_path):
+    """As many rows as the tokenizer has ids, and the ids that it ends with."""
+    description, params = convert.export_hf(run / "models" / "sft_policy", tmp_path / "out")
+    tokenizer = tokenizer_lib.load(run / "data" / "tokenizer.model")
+    values = hf.read_json(tmp_path / "out" / "config.json")
+    assert values["vocab_size"] == tokenizer.vocab_size == description.config.num_tokens < 384
+    assert (values["model_type"], values["eos_token_id"], values["pad_token_id"]) == ("llama", 2, 0)
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (run / "data" / "tokenizer.model").read_bytes()
+    ids = np.random.default_rng(0).integers(0, tokenizer.vocab_size, (3, 9))
+    expected = convert.forward(description, params, ids)
+    back, same = convert.import_hf(str(tmp_path / "out"), tmp_path / "ckpt")
+    assert back.config.num_tokens == tokenizer.vocab_size, "its tokenizer has the symbols"
+    np.testing.assert_allclose(convert.forward(back, same, ids), expected, rtol=1e-5, atol=1e-5)
+
+
+@parity
+def test_a_reward_model_of_a_run_is_exported(run, tmp_path, capsys):
+    import torch
+    import transformers
+
+    description, params = convert.export_hf(run / "models" / "r_p", tmp_path / "out")
+    assert "bias of 1.25" in capsys.readouterr().err
+    ids = np.random.default_rng(0).integers(3, 200, (3, 9))
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        scores = model(torch.tensor(ids)).logits[:, 0].numpy()
+    np.testing.assert_allclose(convert.forward(description, params, ids), scores + 1.25, atol=1e-4)
+
+
+def test_nothing_half_written_is_left(theirs, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("disk full")
+
+    (tmp_path / "ckpt.partial").mkdir()  # of an import that was killed
+    with monkeypatch.context() as patch:
+        patch.setattr(hf, "write_description", fail)
+        with pytest.raises(OSError, match="disk full"):
+            convert.import_hf(str(theirs), tmp_path / "ckpt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
+    convert.import_hf(str(theirs), tmp_path / "ckpt")
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "_copy", fail)
+        with pytest.raises(OSError, match="disk full"):
+            convert.export_hf(tmp_path / "ckpt", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "theirs"]
+    before = sorted(path.stat().st_mtime_ns for path in tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="ckpt exists: nothing is overwritten"):
+        convert.import_hf(str(theirs), tmp_path / "ckpt")
+    with pytest.raises(ValueError, match="theirs exists: nothing is overwritten"):
+        convert.export_hf(tmp_path / "ckpt", theirs)
+    assert sorted(path.stat().st_mtime_ns for path in tmp_path.rglob("*")) == before
+
+
+def test_inputs_that_are_no_model(theirs, run, tmp_path):
+    cases = {
+        "nowhere": "is neither a converted checkpoint",
+        str(theirs): "is neither a converted checkpoint",
+        str(run / "models" / "rl"): "does not exist; the run has the models r_p, sft_policy",
+    }
+    for source, message in cases.items():
+        with pytest.raises(ValueError, match=message):
+            convert.export_hf(convert.Path(source), tmp_path / "out")
+    convert.import_hf(str(theirs), tmp_path / "ckpt")
+    shutil.rmtree(tmp_path / "ckpt" / "0")
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        convert.export_hf(tmp_path / "ckpt", tmp_path / "out")
+    values = hf.read_json(tmp_path / "ckpt" / "model.json")
+    del values["model"]["qkv_bias"]
+    write(tmp_path / "ckpt" / "model.json", values)
+    with pytest.raises(ValueError, match="not of this version of pit_jax.*qkv_bias.*convert the model again"):
+        convert.export_hf(tmp_path / "ckpt", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_on_the_hub(monkeypatch, theirs):
+    for name in ("../x", "a/b/c", "/none/x", "model"):
+        with pytest.raises(ValueError, match="neither a folder nor a name on the hub"):
+            convert.find(name)
+    asked = []
+
+    def download(name, **patterns):
+        asked.append((name, patterns))
+        if "down" in name:
+            raise RuntimeError("no\nnetwork")
+        return str(theirs)
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=download))
+    assert convert.find("owner/model") == theirs
+    patterns = asked[0][1]["allow_patterns"]
+    assert set(patterns) == {"*.safetensors", "*.json", "*.jinja", "tokenizer.model"}, "no pickles"
+    with pytest.raises(ValueError, match=r"did not give it \(RuntimeError: no network\).*name the folder"):
+        convert.find("owner/down")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[hf\]'"):
+        convert.find("owner/model")
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[hf\]'"):
+        hf.TensorFiles(theirs)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"x", "is no .npy of numbers"),
+        (np.zeros((2, 3)), r"holds float64 of shape \(2, 3\), but must hold whole numbers"),
+        (np.zeros(3, np.int32), r"of shape \(3,\)"),
+        (np.array([[1, 2], None], dtype=object), "is no .npy of numbers"),
+    ],
+    ids=["no array", "numbers with a point", "one row", "objects"],
+)
+def test_ids_that_cannot_be_read(tmp_path, content, message):
+    path = tmp_path / "ids.npy"
+    path.write_bytes(content) if isinstance(content, bytes) else np.save(path, content)
+    with pytest.raises(ValueError, match=message):
+        convert.read_ids(path)
+
+
+def test_ids_that_the_model_has_not(run):
+    description, params, _ = convert.load(run / "models" / "sft_policy")
+    for ids in ([[0, 383]], [[-1, 3]]):
+        with pytest.raises(ValueError, match=r"but the model has 0 to \d+"):
+            convert.forward(description, params, np.asarray(ids))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "name one of --from=hf and --to=hf"),
+        ({"source": "hf", "target": "hf"}, "name one of --from=hf and --to=hf"),
+        ({"source": "hf", "verify": "x.npy"}, "go together"),
+        ({"target": "hf", "logits": "x.npy"}, "go together"),
+        ({"source": "hf", "dtype": "float16"}, "--dtype=float16 is for files"),
+    ],
+    ids=["none", "both", "no logits", "no ids", "float16"],
+)
+def test_flags_that_contradict_one_another(given, message):
+    with pytest.raises(ValueError, match=message):
+        convert.check_flags(**{"source": None, "target": None, "dtype": None, "verify": None, "logits": None} | given)
+
+
+def test_the_command(theirs, tmp_path, cache):
+    """Import with --verify in a process of its own: the logits are those of the function, float32."""
+    ids = np.random.default_rng(0).integers(0, 300, (3, 8))
+    np.save(tmp_path / "ids.npy", ids)
+    command = ("-m", "pit_jax.convert", "--from=hf", f"--input={theirs}", f"--output={tmp_path / 'ckpt'}")
+    verify = (f"--verify={tmp_path / 'ids.npy'}", f"--logits={tmp_path / 'out.npy'}")
+    result = commands.run(*command, *verify, cache=cache)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "a language model of family qwen2" in result.stdout and "float32 of shape [3, 8, 300]" in result.stdout
+    logits = np.load(tmp_path / "out.npy", allow_pickle=False)
+    description, params, _ = convert.load(tmp_path / "ckpt")
+    assert logits.dtype == np.float32 and logits.shape == (3, 8, 300)
+    np.testing.assert_allclose(logits, convert.forward(description, params, ids), rtol=1e-4, atol=1e-5)
+    result = commands.run(*command, cache=cache)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert (
+        result.stderr == f"error: {tmp_path / 'ckpt'} exists: nothing is overwritten. Name another, or move it away\n"
+    )
