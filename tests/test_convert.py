@@ -11,13 +11,15 @@ import commands
 import jax
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
 from pit_jax import checkpoint, convert
 from pit_jax.config import DataConfig, ModelConfig, PitConfig
 from pit_jax.data import tokenizer as tokenizer_lib
 from pit_jax.models import hf
 from pit_jax.models.transformer import ScalarModel, Transformer
-from pit_jax.pipelines.common import init_params
+from pit_jax.pipelines.common import shapes
 from pit_jax.pipelines.stages import Workdir
 
 pytestmark = [
@@ -36,9 +38,8 @@ KEPT = {"bos_token_id": 1, "eos_token_id": [2, 7], "pad_token_id": 0, "max_posit
 
 
 def host_params(module, seed=0):
-    params = jax.device_get(init_params(module, jax.random.key(seed)))
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: (x + rng.normal(size=x.shape) * 0.1).astype(np.float32), params)
+    return jax.tree.map(lambda x: (rng.normal(size=x.shape) * 0.3).astype(np.float32), shapes(module))
 
 
 @pytest.fixture
@@ -309,8 +310,14 @@ def test_the_command(theirs, tmp_path, cache):
     description, params, _ = convert.load(tmp_path / "ckpt")
     assert logits.dtype == np.float32 and logits.shape == (3, 8, 300)
     np.testing.assert_allclose(logits, convert.forward(description, params, ids), rtol=1e-4, atol=1e-5)
-    result = commands.run(*command, cache=cache)
-    assert (result.returncode, result.stdout) == (2, "")
-    assert (
-        result.stderr == f"error: {tmp_path / 'ckpt'} exists: nothing is overwritten. Name another, or move it away\n"
+
+
+def test_a_mistake_is_one_line(tmp_path, capsys):
+    with flagsaver.flagsaver(**{"to": "hf", "input": "nowhere", "output": str(tmp_path / "out")}):
+        flags.FLAGS.mark_as_parsed()
+        with pytest.raises(SystemExit) as stopped:
+            convert.main(["convert"])
+    assert stopped.value.code == 2 and not list(tmp_path.iterdir())
+    assert capsys.readouterr().err == (
+        "error: --input=nowhere is neither a converted checkpoint (with model.json) nor a models/STAGE of a run\n"
     )

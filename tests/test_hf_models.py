@@ -37,12 +37,14 @@ LLAMA_3 = dict(
 )
 CASES = {
     "llama": ("Llama", dict(num_key_value_heads=4, tie_word_embeddings=False)),
-    "llama_tied_linear": ("Llama", dict(tie_word_embeddings=True, rope_scaling=dict(rope_type="linear", factor=4.0))),
-    "llama3": ("Llama", dict(num_key_value_heads=1, rope_theta=500.0, rope_scaling=LLAMA_3, rms_norm_eps=1e-5)),
+    "llama3": ("Llama", dict(
+        num_key_value_heads=1, tie_word_embeddings=True, rope_theta=500.0, rope_scaling=LLAMA_3, rms_norm_eps=1e-5
+    )),
     "mistral": ("Mistral", dict(sliding_window=6, head_dim=16)),
     "qwen2": ("Qwen2", dict(tie_word_embeddings=True)),
-    "qwen3": ("Qwen3", dict(head_dim=16, tie_word_embeddings=True)),
-    "qwen3_window": ("Qwen3", dict(head_dim=8, use_sliding_window=True, sliding_window=5, max_window_layers=0)),
+    "qwen3": ("Qwen3", dict(
+        head_dim=16, tie_word_embeddings=True, use_sliding_window=True, sliding_window=5, max_window_layers=0
+    )),
     "gemma": ("Gemma", dict(head_dim=16)),
     "gemma2": ("Gemma2", dict(
         head_dim=8, sliding_window=5, query_pre_attn_scalar=12, attn_logit_softcapping=3.0, final_logit_softcapping=9.0
@@ -66,6 +68,7 @@ def made(tmp_path_factory):
         import torch
         import transformers
 
+        torch.set_num_threads(1)  # more wait for one another at such sizes
         family, fields = CASES[name]
         labels = dict(num_labels=1) if kind != "ForCausalLM" else {}
         config = getattr(transformers, f"{family}Config")(**(SIZES | fields | labels | more))
@@ -235,7 +238,7 @@ def test_half_precision_comes_back_bitwise(made, dtype, tmp_path):
 @parity
 def test_rows_behind_num_tokens_get_no_probability(made):
     """A table that is padded for the mesh: log-probs, also those of sampling, are those of the model without."""
-    folder, _ = made("llama_tied_linear")
+    folder, _ = made("llama3")
     (exact, _, _, params), (config, _, _, longer) = read(folder), read(folder, num_tokens=300, vocab_size=384)
     tokens, lengths = left_padded()
     expected, real = ours_of(exact, params, tokens, lengths)
@@ -313,29 +316,26 @@ def sft_gradients(shape):
     with jax.set_mesh(sharding.make_mesh(*shape, devices=jax.devices()[: shape[0] * shape[1]])):
         model = Transformer(EVERYTHING)
         params, rng = random_params(model), np.random.default_rng(1)
-        rows = [
-            (list(rng.integers(3, 29, p)), list(rng.integers(3, 29, r))) for p, r in ((3, 9), (8, 2), (1, 5), (4, 4))
-        ]
+        rows = [(list(rng.integers(3, 29, p)), list(rng.integers(3, 29, r))) for p, r in SHAPES]
         batch = sharding.shard_batch(sft.SFTBatch(batches.token_rows(rows, 12)))
         loss = lambda p: sft.sft_loss(p, batch, model=model, num_targets=12)[0]  # noqa: E731
         out = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+        # Decoding: a layout that was lost is an error of the trace.
         prompts = sharding.shard_batch(batches.prompt_rows([p for p, _ in rows], 8))
         generate = functools.partial(
-            sampling.generate, model=Transformer(EVERYTHING, sharding.DECODE_RULES), eos_id=2,
-            config=SamplingConfig(6, temperature=1.0),
-        )  # fmt: skip
-        rollout = jax.jit(generate)(sharding.gather_weights(params), prompts, jax.random.key(0))
-        return jax.device_get((out, rollout))
+            sampling.generate, model=Transformer(EVERYTHING, sharding.DECODE_RULES), eos_id=2, config=SamplingConfig(6)
+        )
+        rollout = jax.eval_shape(generate, sharding.gather_weights(params), prompts, jax.random.key(0))
+        assert rollout.tokens.sharding.spec == jax.P("data", None)
+        return jax.device_get(out)
 
 
 def test_no_field_depends_on_the_mesh():
-    """Loss, gradients and samples of a model with every field set, on one device and on a mesh of 2 x 2."""
-    (one, samples), (other, sharded) = sft_gradients((1, 1)), sft_gradients((2, 2))
+    """Loss and gradients of a model with every field set, on one device and on a mesh of 2 x 2."""
+    one, other = sft_gradients((1, 1)), sft_gradients((2, 2))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), other, one)
     dead = [jax.tree_util.keystr(k) for k, g in jax.tree.leaves_with_path(one[1]) if np.abs(g).max() < 1e-6]
     assert not dead, "every parameter has a gradient"
-    np.testing.assert_array_equal(samples.tokens, sharded.tokens)
-    assert samples.tokens.max() < 29 and np.all(np.isfinite(samples.log_probs))
 
 
 def test_windows_in_packed_rows_and_in_rows_that_share_tokens():

@@ -811,6 +811,7 @@ def write(
             for name, x in arrays.items()
         }
         safetensors.serialize_file(specs, str(folder / file), {"format": "pt"})
+        (folder / file).chmod(0o644)  # the library makes it for its owner alone
         weight_map |= dict.fromkeys(arrays, file)
         del arrays, specs
     if len(shards) > 1:
