@@ -11,8 +11,8 @@ import pytest
 from pit_jax import config as c
 
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
-VARIANTS = {"pit_7b": [None], "pit_hh_rlhf": ["small", "smoke"], "pit_synthetic": ["", "smoke"]}
-VARIANTS |= {"srt_synthetic": ["", "smoke"], "srt_tulu2": ["7b", "13b", "70b"]}
+VARIANTS = {"pit_llama2": ["7b", "13b"], "pit_smollm": ["135m", "360m"], "pit_hh_rlhf": ["small", "smoke"]}
+VARIANTS |= {"pit_synthetic": ["", "smoke"], "srt_synthetic": ["", "smoke"], "srt_tulu2": ["7b", "13b", "70b"]}
 
 
 @pytest.mark.parametrize(("path", "variant"), [(path, v) for path in FILES for v in VARIANTS.get(path.stem, ["smoke"])])

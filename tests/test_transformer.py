@@ -350,7 +350,8 @@ def config_files():
         get_config = runpy.run_path(str(path))["get_config"]
         parameters = inspect.signature(get_config).parameters
         variants = {parameters["variant"].default, "smoke"} if parameters else {None}
-        variants = {"7b", "13b", "70b"} if path.stem == "srt_tulu2" else variants
+        several = {"srt_tulu2": {"7b", "13b", "70b"}, "pit_llama2": {"7b", "13b"}, "pit_smollm": {"135m", "360m"}}
+        variants = several.get(path.stem, variants)
         for variant in sorted(variants, key=str):
             made_config = get_config() if variant is None else get_config(variant)
             yield (
@@ -379,8 +380,11 @@ def test_every_model_of_the_configs(name, config):
         row = jax.device_put(jnp.zeros((1, 8), jnp.int32), sharding.RULES.spec("batch", None))
         logits = jax.eval_shape(lambda p, m=model, r=row: m.apply(p, r, r, r, method=Transformer.full_logits), params)
         assert logits.shape == (1, 8, c.vocab_size) and logits.dtype == jnp.float32
-    # As published for LLaMA 7B, and for Llama 2 of 7B, 13B and 70B.
-    published = {"pit_7b:": 6_738_415_616, "srt_tulu2:7b": 6_738_415_616, "srt_tulu2:13b": 13_015_864_320}
-    published |= {"srt_tulu2:70b": 68_976_648_192}
+    # As published for Llama 2 of 7B, 13B and 70B, and for SmolLM2; without the rows of the control symbols and padding.
+    published = {"pit_llama2:7b": 6_738_415_616, "pit_llama2:13b": 13_015_864_320, "srt_tulu2:7b": 6_738_415_616}
+    published |= {"srt_tulu2:13b": 13_015_864_320, "srt_tulu2:70b": 68_976_648_192}
+    published |= {"pit_smollm:135m": 134_515_008, "pit_smollm:360m": 361_821_120}
     if name in published:
-        assert count(shapes(Transformer(config.policy_model))) == published[name]
+        c = config.policy_model
+        added = (c.vocab_size - c.num_tokens + 2) * c.d_model * (1 if c.tie_embeddings else 2)
+        assert count(shapes(Transformer(c))) - added == published[name]

@@ -362,8 +362,8 @@ def _checkpoint(base: str) -> tuple[Path, int]:
     step = checkpoint.latest_step(Path(base))
     if step is None:
         raise ValueError(
-            f"config.base={base!r} holds no checkpoint of pit_jax: set --config.base=RUN/models/STAGE. Checkpoints of "
-            "Hugging Face cannot be read yet."
+            f"config.base={base!r} holds no checkpoint of pit_jax: set --config.base=RUN/models/STAGE, or what "
+            "`python -m pit_jax.convert --from=hf` has made of a model of Hugging Face."
         )
     return Path(base), step
 

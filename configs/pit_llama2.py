@@ -1,0 +1,52 @@
+"""PIT with the paper's values (appendix F) on Llama 2: what the synthetic config departs from.
+
+    python -m pit_jax.convert --from=hf --input=meta-llama/Llama-2-7b-hf --output=CHECKPOINT
+    python -m pit_jax.train --config=configs/pit_llama2.py:7b --config.pretrain.checkpoint=CHECKPOINT \\
+        --config.data.path=FOLDER --workdir=runs/llama2_7b
+
+FOLDER holds preference pairs in any form that pit_jax reads (python -m pit_jax.inspect_data shows what it makes of
+them): the dialogues of HH-RLHF, the comparisons of OpenAI's summaries (TL;DR), or others. The tokenizer comes with the
+checkpoint.
+
+SFT one epoch at 3e-5 and the last checkpoint, reward models at 3e-4 and the best of 128 held-out pairs, RL at 1e-5,
+windows 512 / 512 / 512. What the paper leaves open (batch sizes, PPO's own settings) is the default of
+`pit_jax.config`.
+
+Mesh: data x 4 (7b), data x 8 (13b). Memory: RL is the largest program. It holds about 40 bytes per parameter, policy
+and value model with AdamW in float32 (16 each with gradients), ref_policy and reward model (4 each): 270 GB at 7b, 521
+GB at 13b, over all chips and without activations, so 16 and 32 chips of TPU v4 (32 GB each) are the least to try. Not
+trained by us.
+"""
+
+import ml_collections
+
+from pit_jax import config as c
+from pit_jax.models.presets import PRESETS
+
+
+def get_config(variant: str = "7b") -> ml_collections.ConfigDict:
+    """`variant`: 7b or 13b."""
+    if variant not in ("7b", "13b"):
+        raise ValueError(f"configs/pit_llama2.py has no variant {variant!r}: use :7b or :13b")
+    model = PRESETS[f"llama2_{variant}"]
+    sft = c.SFTConfig(optimizer=c.OptimizerConfig(learning_rate=3e-5), num_epochs=1.0, chunk_size=256)
+    reward = c.RewardModelConfig(optimizer=c.OptimizerConfig(learning_rate=3e-4))
+    ppo = c.PPOConfig(chunk_size=128)
+    config = c.PitConfig(
+        name=f"pit_llama2:{variant}",
+        mesh=c.MeshConfig(data=0, model={"7b": 4, "13b": 8}[variant]),
+        data=c.DataConfig(source="file", path="set --config.data.path=FOLDER"),
+        policy_model=model,
+        pit_model=model,
+        reward_model=model,
+        pretrain=c.PretrainConfig(checkpoint="set --config.pretrain.checkpoint=CHECKPOINT"),
+        sft_policy=sft,
+        sft_pit=sft,
+        r_p=reward,
+        r_pit=reward,
+        evaluator=reward,
+        ppo=ppo,
+        ppo_pit=ppo,
+        evaluation=c.EvaluationConfig(self_refine=False),
+    )
+    return c.to_config_dict(config)
