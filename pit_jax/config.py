@@ -116,8 +116,11 @@ class DataConfig:
     """Preference rows (x, y_l, y_w, c) and the windows that bound them."""
 
     source: str = "synthetic"  # synthetic, file
-    path: str = ""  # source=file: a file or folder (.jsonl, .gz, .xz)
-    format: str = "auto"  # source=file: auto, jsonl, hh_rlhf
+    path: str = ""  # source=file: a file or folder (.jsonl, .json, .gz, .xz, .parquet)
+    format: str = "auto"  # source=file: auto, jsonl, hh_rlhf, summarize, tldr, columns
+    columns: tuple[str, ...] = ()  # format=columns: names of columns, as prompt:instruction, chosen:good, rejected:bad
+    mixture: tuple[str, ...] = ()  # source=file, in place of path: [FORMAT@]PATH[:WEIGHT], weights: shares of the rows
+    num_rows: int = 0  # source=file: rows that are taken, by a hash of their texts; 0: as many as there can be
     size: int = 13_000  # source=synthetic: rows over the three folds (13K in the paper, section 4.1)
     num_selection: int = 128  # held-out rows on which checkpoints are chosen (appendix F)
     num_test: int = 640
@@ -129,8 +132,14 @@ class DataConfig:
 
     def __post_init__(self):
         _check(self.source in ("synthetic", "file"), f"source is {self.source!r}: use synthetic or file")
-        _check(self.source != "file" or bool(self.path), "source is 'file': set --config.data.path=FILE_OR_FOLDER")
+        given = bool(self.path or self.mixture)
+        _check(self.source != "file" or given, "source is 'file': set --config.data.path=FILE_OR_FOLDER")
         _check(self.source == "file" or not self.path, "path is for source=file: set --config.data.source=file")
+        _check(
+            self.source == "file" or not (self.mixture or self.columns or self.num_rows),
+            "mixture, columns and num_rows are for source=file: set --config.data.source=file",
+        )
+        _check(self.num_rows >= 0, f"num_rows={self.num_rows}: not below 0")
         _positive(self, "size", "num_selection", "num_test", "prompt_window", "response_window", "reflection_window")
 
 

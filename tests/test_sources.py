@@ -8,9 +8,11 @@ import os
 import pathlib
 import subprocess
 import sys
+from fractions import Fraction
 
 import pytest
 
+from pit_jax.config import DataConfig
 from pit_jax.data import sources
 from pit_jax.data.sources import DataError
 from pit_jax.types import PreferenceExample, Requirement
@@ -206,7 +208,7 @@ def test_format(tmp_path):
     assert sources.read(ours) == sources.read(ours, "jsonl") == sources.read_jsonl(ours)
     assert sources.read(hh) == sources.read(hh, "hh_rlhf") == sources.read_hh_rlhf(hh)
     assert "field 'prompt' is missing" in error_of(sources.read, hh, "jsonl")
-    assert "use auto, jsonl or hh_rlhf" in error_of(sources.read, hh, "csv")
+    assert "use auto, jsonl, hh_rlhf, summarize, tldr or columns" in error_of(sources.read, hh, "csv")
     other = write(tmp_path / "c.jsonl", {"question": "q", "answer": "a"})
     assert "c.jsonl, line 1: neither" in error_of(sources.read, other)
 
@@ -311,6 +313,129 @@ def test_published_hh_rlhf(name, num_rows, dropped):
     assert len(found - published) <= 1  # one answer opens with a second space
     parts = sources.folds(rows, 0)
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+# Mixtures.
+
+
+def plain(i: int, ending: str = "") -> dict:
+    return {"prompt": f"prompt {i}{ending}", "chosen": f"w{i}", "rejected": f"l{i}"}
+
+
+def mixture(*parts: str, **fields) -> DataConfig:
+    return DataConfig(source="file", mixture=tuple(map(str, parts)), **fields)
+
+
+def test_parts_of_a_mixture():
+    F = Fraction
+    parts = sources.mixture_parts(("a.jsonl:2", "hh_rlhf@b/c:0.5", "d@e", "x:y.jsonl", "columns@f.parquet"))
+    assert parts == [
+        ("a.jsonl", "auto", 2), ("b/c", "hh_rlhf", F(1, 2)), ("d@e", "auto", 1), ("x:y.jsonl", "auto", 1),
+        ("f.parquet", "columns", 1),
+    ]  # fmt: skip
+    for bad in (":2", "a:0", "hh_rlhf@:1", ""):
+        assert "use [FORMAT@]PATH[:WEIGHT]" in error_of(sources.mixture_parts, (bad,))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights", "num_rows", "expected"),
+    [
+        ((100, 100), (2, 1), 0, [100, 50]),
+        ((100, 30), (2, 1), 0, [60, 30]),
+        ((10, 10), (3, 1), 0, [10, 3]),  # 3 1/3
+        ((7, 100, 100), (1, 1, 2), 0, [7, 7, 14]),
+        ((100, 100), (2, 1), 10, [7, 3]),  # 6 2/3 and 3 1/3
+        ((100, 100), (1, 1), 5, [3, 2]),  # a tie: the first
+        ((10,), (5,), 4, [4]),
+        ((10,), (5,), 0, [10]),
+    ],
+)
+def test_quotas(sizes, weights, num_rows, expected):
+    assert sources.quotas(sizes, [*map(Fraction, weights)], num_rows) == expected
+
+
+def test_quotas_that_cannot_be():
+    F = Fraction
+    assert "num_rows=40 takes 27 rows of part 1, which has 20: at most 30 rows" in error_of(
+        sources.quotas, (20, 20), (F(2), F(1)), 40
+    )
+    assert "part 2 has so small a weight that none of its 10 rows" in error_of(
+        sources.quotas, (10, 10), (F(100), F(1)), 0
+    )
+
+
+def test_a_mixture_takes_its_shares(tmp_path):
+    a = write(tmp_path / "a.jsonl", *map(plain, range(40)), plain(99, " ") | {"rejected": "w99"})
+    dialogues = [{"chosen": f"{head} a", "rejected": f"{head} b"} for i in range(30)
+                 if (head := f"\n\nHuman: q{i}\n\nAssistant:")]  # fmt: skip
+    b = write(tmp_path / "b.jsonl", *dialogues)
+    rows, counts, parts = sources.read_config(mixture(f"{a}:3", f"hh_rlhf@{b}"), 0)
+    assert counts == {"same_answers": 1}
+    assert parts == [
+        {"path": str(a), "format": "jsonl", "weight": 3.0, "read": 41, "dropped": {"same_answers": 1}, "taken": 40},
+        {"path": str(b), "format": "hh_rlhf", "weight": 1.0, "read": 30, "dropped": {}, "taken": 13},
+    ]
+    assert [row.prompt for row in rows[:40]] == [f"prompt {i}\n\n" for i in range(40)]  # one form for all
+    assert all(row.prompt.startswith("q") and row.prompt.endswith("\n\n") for row in rows[40:])
+    again = sources.read_config(mixture(f"{a}:3", f"hh_rlhf@{b}"), 0)
+    assert again[0] == rows and sources.read_config(mixture(f"{a}:3", b), 1)[0] != rows
+    fewer, _, parts = sources.read_config(mixture(f"{a}:3", b, num_rows=20), 0)
+    assert [part["taken"] for part in parts] == [15, 5] and {*fewer} < {*rows}
+
+
+def test_plain_prompts_stay_plain_in_a_mixture(tmp_path):
+    a, b = write(tmp_path / "a.jsonl", plain(1)), write(tmp_path / "b.jsonl", plain(2))
+    assert [row.prompt for row in sources.read_config(mixture(a, b), 0)[0]] == ["prompt 1", "prompt 2"]
+
+
+def test_a_sample_depends_on_seed_and_texts_alone():
+    rows = [PreferenceExample(f"p{i}", "l", "w") for i in range(50)]
+    few = sources.sampled(rows, 10, 0)
+    assert few == sorted(few, key=rows.index) and len({*few}) == 10
+    assert {*sources.sampled(rows[::-1], 10, 0)} == {*few} != {*sources.sampled(rows, 10, 1)}
+    assert {*few} < {*sources.sampled(rows, 20, 0)}
+
+
+def test_some_rows_of_a_file(tmp_path):
+    path = write(tmp_path / "a.jsonl", *map(plain, range(20)))
+    config = DataConfig(source="file", path=str(path), num_rows=6)
+    rows, _, parts = sources.read_config(config, 0)
+    assert len(rows) == 6 and parts[0]["taken"] == 6 and parts[0]["read"] == 20
+    everything = sources.read_config(DataConfig(source="file", path=str(path)), 0)[0]
+    assert everything == sources.read(path)[0] and rows == sources.sampled(everything, 6, 0)
+    assert "takes 21 rows of part 1, which has 20" in error_of(
+        sources.read_config, dataclasses.replace(config, num_rows=21), 0
+    )
+
+
+def test_parts_that_do_not_go_together(tmp_path):
+    a = write(tmp_path / "a.jsonl", plain(1))
+    b = write(tmp_path / "b.jsonl", plain(2) | {"requirements": [{"kind": "quotes"}]})
+    c = write(tmp_path / "c.jsonl", {"prompt": "p"})
+    assert "requirements must be in all parts or in none" in error_of(sources.read_config, mixture(a, b), 0)
+    assert "answers must be in all parts" in error_of(sources.read_config, mixture(a, c), 0, answers=False)
+    columns = {"columns": ("chosen:good",)}
+    assert "named columns@PATH" in error_of(sources.read_config, mixture(a, **columns), 0)
+    d = write(tmp_path / "d.jsonl", {"prompt": "p", "good": "w", "rejected": "l"})
+    rows = sources.read_config(mixture(a, f"columns@{d}", **columns), 0)[0]
+    assert [row.chosen for row in rows] == ["w1", "w"]
+
+
+def test_a_prompt_of_two_parts_stays_in_one_fold(tmp_path):
+    head = "\n\nHuman: prompt {}\n\nAssistant:"
+    a = write(tmp_path / "a.jsonl", *map(plain, range(60)))
+    b = write(tmp_path / "b.jsonl", *({side: f"{head.format(i)} {side}" for side in ("chosen", "rejected")}
+                                      for i in range(60)))  # fmt: skip
+    c = write(tmp_path / "c.jsonl", *(
+        {side: [{"role": "user", "content": f"prompt {i}"}, {"role": "assistant", "content": side * 2}]
+         for side in ("chosen", "rejected")} for i in range(60)
+    ))  # fmt: skip
+    rows = sources.read_config(mixture(a, b, c), 0)[0]
+    assert len(rows) == 180
+    training, selection, test = sources.split_off(rows, 15, 30, 0)
+    parts = [*sources.folds(training, 0), selection, test]
+    assert [len(part) for part in parts] == [45, 45, 45, 15, 30]
+    assert sum(len(prompts(part)) for part in parts) == len(prompts(rows)) == 60
 
 
 # Dividing.

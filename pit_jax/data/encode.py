@@ -4,6 +4,8 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 
+import numpy as np
+
 from pit_jax.config import DataConfig
 from pit_jax.data import templates
 from pit_jax.data.tokenizer import Tokenizer
@@ -102,17 +104,45 @@ def make_encoder(tokenizer: Tokenizer, config: DataConfig) -> Encoder:
     return Encoder(tokenizer, *windows, config.templates)
 
 
-def drop_over_length(rows: list[PreferenceExample], encoder: Encoder) -> tuple[list[PreferenceExample], dict[str, int]]:
-    """Rows that fit the windows, and how many do not, by cause (PIT appendix F drops them; nothing is ever cut)."""
-    kept, dropped = [], {"prompt": 0, "response": 0, "reflection": 0}
-    size = lambda text: len(encoder.tokenizer.encode(text))  # noqa: E731
-    for row in rows:
-        if size(row.prompt) > encoder.prompt_window:
-            dropped["prompt"] += 1
-        elif max(size(row.chosen), size(row.rejected)) + 1 > encoder.response_window:
-            dropped["response"] += 1
-        elif size(row.reflection) + 1 > encoder.reflection_window:
-            dropped["reflection"] += 1
-        else:
-            kept.append(row)
-    return kept, {cause: n for cause, n in dropped.items() if n}
+TEXTS = ("prompt", "rejected", "chosen", "reflection")
+"""Of a row, in the order of `token_lengths`."""
+
+
+def token_lengths(rows: Sequence[PreferenceExample], encoder: Encoder) -> np.ndarray:
+    """Tokens [len(rows), 4] int32 of x, y_l, y_w and c, as the windows count them: all but x with EOS."""
+    size = lambda text: len(encoder.tokenizer.encode(text)) if text else 0  # noqa: E731
+    found = [[size(getattr(row, name)) for name in TEXTS] for row in rows]
+    return np.asarray(found, np.int32).reshape(-1, len(TEXTS)) + np.asarray([0, 1, 1, 1], np.int32)
+
+
+def quantiles(lengths: np.ndarray) -> dict[str, dict[str, int]]:
+    """50%, 90%, 99% and maximum of `token_lengths`, by text: the smallest length that so many rows do not exceed."""
+    if not len(lengths):
+        return {}
+    shares = {"50%": 0.5, "90%": 0.9, "99%": 0.99, "max": 1.0}
+    found = np.quantile(lengths, [*shares.values()], axis=0, method="inverted_cdf")
+    return {name: dict(zip(shares, map(int, found[:, i]), strict=True)) for i, name in enumerate(TEXTS)}
+
+
+def drop_over_length(
+    rows: list[PreferenceExample], encoder: Encoder, lengths: np.ndarray | None = None
+) -> tuple[list[PreferenceExample], dict[str, int]]:
+    """Rows that fit the windows, and how many do not, by cause (PIT appendix F drops them; nothing is ever cut).
+
+    Args:
+      rows: of any length.
+      encoder: has the windows.
+      lengths: `token_lengths` of the rows, where they are known.
+    """
+    lengths = token_lengths(rows, encoder) if lengths is None else lengths
+    x, y_l, y_w, c = lengths.T
+    over = {
+        "prompt": x > encoder.prompt_window,
+        "response": np.maximum(y_l, y_w) > encoder.response_window,
+        "reflection": c > encoder.reflection_window,
+    }
+    fits, dropped = np.ones(len(rows), bool), {}
+    for cause, too_long in over.items():  # the first cause counts
+        dropped[cause] = int(np.sum(too_long & fits))
+        fits &= ~too_long
+    return [rows[i] for i in np.flatnonzero(fits)], {cause: n for cause, n in dropped.items() if n}

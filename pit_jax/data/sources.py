@@ -1,170 +1,53 @@
-"""Preference rows from files: JSONL of our own fields, and HH-RLHF dialogues.
+"""Preference rows from files, in the layouts that such sets are published in; mixtures of sets; how rows are divided.
+
+jsonl        {"prompt", "chosen", "rejected"}: our own fields, texts as they are
+hh_rlhf      Anthropic's dialogues
+summarize    OpenAI's comparisons of summaries
+tldr         summaries of Reddit posts by a model and by the author, judged
+columns      columns of other names; chat messages
 
 Every reader returns (rows, counts). `counts` says how many rows were dropped, by cause; a row is never dropped without
 being counted, and what cannot be read is a DataError that names file, line and field. Rows that are too long for the
 windows are dropped later, by `encode.drop_over_length`.
 """
 
-import codecs
 import collections
-import gzip
+import dataclasses
+import functools
 import hashlib
-import json
-import lzma
 import re
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
-from pit_jax.data import verifier
+from pit_jax.config import DataConfig
+from pit_jax.data import layouts, verifier
+from pit_jax.data.layouts import EMPTY_ANSWER, NOT_A_DIALOGUE, PROMPTS_DIFFER, SAME_ANSWERS
+from pit_jax.data.row_files import (
+    DataError as DataError,
+    RawLine as RawLine,
+    json_type,
+    parse_object as parse_object,
+    raw_lines as raw_lines,
+    read_rows,
+    string_field as string_field,
+)
 from pit_jax.types import PreferenceExample, Requirement
 
 Rows = list[PreferenceExample]
 Counts = dict[str, int]
 
-PROMPTS_DIFFER = "prompts_differ"
-"""The dialogues of a pair differ before the last answer."""
-EMPTY_ANSWER = "empty_answer"
-SAME_ANSWERS = "same_answers"
-NOT_A_DIALOGUE = "not_a_dialogue"
-"""A dialogue that does not open with a human turn, has an empty one there, or has no answer."""
-
-
-class DataError(ValueError):
-    """A file or a set of rows that cannot be used as it is."""
-
-
-class _Line(NamedTuple):
-    """One row of a file and where it stands."""
-
-    where: str
-    row: dict[str, Any]
-
-
-_ROWS = re.compile(r"\.jsonl(\.gz|\.xz)?$", re.IGNORECASE)
-
-
-def _files(path: str | Path) -> list[Path]:
-    path = Path(path)
-    if not path.exists():
-        raise DataError(f"{path}: no such file or folder")
-    if not path.is_dir():
-        return [path]
-    # HH-RLHF comes as folders with a train.jsonl.gz and a test.jsonl.gz each, beside a README and a licence.
-    inside = (f.relative_to(path) for f in path.rglob("*.jsonl*") if f.is_file())
-    files = sorted(f for f in inside if _ROWS.search(f.name) and not any(part.startswith(".") for part in f.parts))
-    if not files:
-        raise DataError(f"{path}: no files of rows in this folder or below it (.jsonl, .jsonl.gz or .jsonl.xz)")
-    return [path / f for f in files]
-
-
-READ_ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError)
-"""Of files that are cut, damaged or of another kind than their name says."""
-
-
-def open_binary(path: Path) -> BinaryIO:
-    """The bytes of a file; .gz and .xz are decompressed."""
-    return {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower(), open)(path, "rb")
-
-
-class RawLine(NamedTuple):
-    """A line of a file: its number from 1, its bytes, and how many come before it in the file."""
-
-    number: int
-    content: bytes
-    offset: int
-
-
-def raw_lines(path: Path) -> Iterator[RawLine]:
-    """The lines that are not blank.
-
-    Lines end at a line feed only: JSON strings may hold the other line ends of Unicode as they are.
-    """
-    number, offset = 0, 0
-    try:
-        with open_binary(path) as file:
-            for number, line in enumerate(file, 1):
-                start = offset
-                offset += len(line)
-                if number == 1 and line.startswith(codecs.BOM_UTF8):
-                    line = line[len(codecs.BOM_UTF8) :]
-                    start += len(codecs.BOM_UTF8)
-                if line.strip():
-                    yield RawLine(number, line, start)
-    except READ_ERRORS as error:
-        raise DataError(
-            f"{path}: cannot be read after line {number} ({error}). Is the file complete, and of the kind that its "
-            "name says?"
-        ) from error
-
-
-def _lines(path: str | Path) -> Iterator[_Line]:
-    """The JSON objects of a file, or of all files of a folder."""
-    for file in _files(path):
-        found = False
-        for line in raw_lines(file):
-            where, found = f"{file}, line {line.number}", True
-            yield _Line(where, parse_object(line, where))
-        if not found:
-            raise DataError(f"{file}: the file has no rows")
-
-
-def parse_object(line: RawLine, where: str) -> dict[str, Any]:
-    """The JSON object of a line.
-
-    Raises:
-      DataError: where it is none.
-    """
-    try:
-        row = json.loads(line.content.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where}: not UTF-8 at byte {line.offset + error.start} of the file "
-            f"(0x{line.content[error.start]:02x}). Save the file as UTF-8; a compressed file needs a name that ends in "
-            ".gz or .xz"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error}); every line must hold one JSON object") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: is a JSON {_json_type(row)}, but every line must hold one JSON object")
-    return row
-
-
-def _json_type(value: Any) -> str:
-    names = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
-    return names.get(type(value), "null")
-
-
-def string_field(row: dict[str, Any], field: str, where: str, default: str | None = None) -> str:
-    """A field that must be text."""
-    name = field.rsplit(".", 1)[-1]
-    if name not in row:
-        if default is None:
-            raise DataError(f"{where}: field {field!r} is missing; the row has {sorted(row)}")
-        return default
-    value = row[name]
-    if not isinstance(value, str):
-        raise DataError(f"{where}: field {field!r} is a JSON {_json_type(value)}, but must be a string")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: field {field!r} has half a surrogate pair (U+{ord(value[error.start]):04X}) at character "
-            f"{error.start}: the text was cut inside a character"
-        ) from error
-    return value
-
 
 def _requirements(row: dict[str, Any], where: str) -> tuple[Requirement, ...]:
     values = row.get("requirements", [])
     if not isinstance(values, list):
-        raise DataError(f"{where}: field 'requirements' is a JSON {_json_type(values)}, but must be an array")
+        raise DataError(f"{where}: field 'requirements' is a JSON {json_type(values)}, but must be an array")
     found = []
     for i, value in enumerate(values):
         field = f"requirements[{i}]"
         if not isinstance(value, dict):
-            raise DataError(f"{where}: field {field!r} is a JSON {_json_type(value)}, but must be an object")
+            raise DataError(f"{where}: field {field!r} is a JSON {json_type(value)}, but must be an object")
         kind, argument = string_field(value, f"{field}.kind", where), string_field(value, f"{field}.value", where, "")
         if not kind:
             raise DataError(f"{where}: field '{field}.kind' is empty")
@@ -183,8 +66,7 @@ def read_jsonl(path: str | Path, *, drop_empty: bool = False, answers: bool = Tr
     answers teach no preference: they are dropped and counted.
 
     Args:
-      path: a file, or a folder whose files (also in subfolders) are read in the order of their names; .gz and .xz are
-        decompressed.
+      path: a file or folder, see `row_files.read_rows`.
       drop_empty: drops and counts rows with an empty answer, which are otherwise an error.
       answers: False: rows may be prompts without chosen and rejected, all of them or none; both are then empty.
 
@@ -195,13 +77,14 @@ def read_jsonl(path: str | Path, *, drop_empty: bool = False, answers: bool = Tr
       DataError: names file, line and field.
     """
     rows, counts = [], collections.Counter()
-    for where, row in _lines(path):
+    for where, row in read_rows(path):
         bare = not answers and all(row.get(field, "") == "" for field in ("chosen", "rejected"))
         fields = ("prompt",) if bare else ("prompt", "chosen", "rejected")
         texts = {field: string_field(row, field, where) for field in fields}
         empty = [field for field, text in texts.items() if not text.strip()]
         if empty == ["prompt"] or (empty and not drop_empty):
-            raise DataError(f"{where}: field {empty[0]!r} is empty")
+            hint = "" if "prompt" in empty else "; --config.data.format=columns drops and counts such rows"
+            raise DataError(f"{where}: field {empty[0]!r} is empty{hint}")
         example = PreferenceExample(
             **{"chosen": "", "rejected": ""} | texts,
             reflection=string_field(row, "reflection", where, ""),
@@ -263,7 +146,7 @@ def read_hh_rlhf(path: str | Path) -> tuple[Rows, Counts]:
       DataError: names file, line and field.
     """
     rows, counts = [], collections.Counter()
-    for where, row in _lines(path):
+    for where, row in read_rows(path):
         chosen, rejected = (split_dialogue(string_field(row, field, where)) for field in ("chosen", "rejected"))
         if chosen is None or rejected is None:
             counts[NOT_A_DIALOGUE] += 1
@@ -285,30 +168,63 @@ def _some(path: str | Path, rows: Rows, counts: Counts) -> tuple[Rows, Counts]:
     return rows, dict(counts)
 
 
-FORMATS = {"jsonl": read_jsonl, "hh_rlhf": read_hh_rlhf}
+def _read(path: str | Path, convert: Callable[[dict[str, Any], str], PreferenceExample | str]) -> tuple[Rows, Counts]:
+    """Rows by a function of `layouts`."""
+    rows, counts = [], collections.Counter()
+    for where, row in read_rows(path):
+        found = convert(row, where)
+        if isinstance(found, str):
+            counts[found] += 1
+        elif rows and has_no_answers([found]) != has_no_answers(rows[:1]):
+            raise DataError(f"{where}: answers must be in all rows or in none")
+        else:
+            rows.append(found)
+    return _some(path, rows, counts)
 
 
-def detect_format(path: str | Path) -> str:
-    """A key of FORMATS, from the first row: HH-RLHF rows have both answers and no prompt."""
-    where, row = next(_lines(path))
-    if "prompt" in row:
+FORMATS = ("jsonl", "hh_rlhf", "summarize", "tldr", "columns")
+
+
+def detect_format(path: str | Path, *, answers: bool = True) -> str:
+    """One of FORMATS, from the first row: HH-RLHF rows have both answers and no prompt.
+
+    Args:
+      path: a file or folder.
+      answers: False: prompts alone will do.
+    """
+    where, row = next(read_rows(path))
+    text = lambda *fields: not any(isinstance(row.get(field), list | dict) for field in fields)  # noqa: E731
+    if {"info", "summaries", "choice"} <= row.keys():
+        return "summarize"
+    if {"query", "postprocessed_response", "reference_responses", "preferred"} <= row.keys():
+        return "tldr"
+    both = {"chosen", "rejected"} <= row.keys()
+    if "prompt" in row and text("prompt", "chosen", "rejected") and (both or not layouts.is_pair(row)):
         return "jsonl"
-    if {"chosen", "rejected"} <= row.keys():
-        return "hh_rlhf"
+    if both and text("chosen", "rejected"):
+        names = [name for name in layouts.COLUMNS["prompt"] if name in row]
+        return "columns" if names and not _HUMAN.match(str(row["chosen"])) else "hh_rlhf"
+    if layouts.is_pair(row) or (
+        not answers and any(row.get(name) for name in (*layouts.COLUMNS["prompt"], "messages"))
+    ):
+        return "columns"
     raise DataError(
-        f"{where}: neither the fields 'prompt', 'chosen', 'rejected' (jsonl) nor 'chosen', 'rejected' (hh_rlhf); the "
-        f"row has {sorted(row)}"
+        f"{where}: neither the fields 'prompt', 'chosen', 'rejected' (jsonl) nor 'chosen', 'rejected' (hh_rlhf), and "
+        f"{layouts.NO_PAIR}; the row has {sorted(row)}"
     )
 
 
-def read(path: str | Path, format: str = "auto", *, answers: bool = True) -> tuple[Rows, Counts]:
+def read(
+    path: str | Path, format: str = "auto", *, answers: bool = True, columns: Mapping[str, str] | None = None
+) -> tuple[Rows, Counts]:
     """Reads preference rows.
 
     Args:
       path: a file, or a folder whose files (also in subfolders) are read in the order of their names; .gz and .xz are
-        decompressed.
-      format: jsonl, hh_rlhf, or auto, which looks at the first row.
-      answers: False: prompts alone will do, see `read_jsonl`.
+        decompressed. JSON lines, .json, .parquet: see `row_files.read_rows`.
+      format: one of FORMATS, or auto, which looks at the first row.
+      answers: False: prompts alone will do, see `read_jsonl` and `layouts.columns`.
+      columns: names of columns, see `layouts.columns`; for format columns, and makes auto that.
 
     Returns:
       (rows, number of dropped rows by cause).
@@ -317,9 +233,167 @@ def read(path: str | Path, format: str = "auto", *, answers: bool = True) -> tup
       DataError: names file, line and field.
     """
     if format != "auto" and format not in FORMATS:
-        raise DataError(f"format is {format!r}: use auto, {' or '.join(FORMATS)}")
-    format = detect_format(path) if format == "auto" else format
-    return read_jsonl(path, answers=answers) if format == "jsonl" else FORMATS[format](path)
+        raise DataError(f"format is {format!r}: use auto, {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
+    if format == "auto":
+        format = "columns" if columns else detect_format(path, answers=answers)
+    if columns and format != "columns":
+        raise DataError(f"{path}: config.data.columns is for format columns, but the format is {format}")
+    if format == "jsonl":
+        return read_jsonl(path, answers=answers)
+    if format == "hh_rlhf":
+        return read_hh_rlhf(path)
+    convert = {"summarize": layouts.summarize, "tldr": layouts.tldr}.get(format)
+    return _read(path, convert or functools.partial(layouts.columns, names=columns, answers=answers))
+
+
+def column_names(columns: Sequence[str]) -> dict[str, str]:
+    """config.data.columns, "prompt:instruction", "chosen:good", .. as {"prompt": "instruction", "chosen": "good"}.
+
+    Raises:
+      DataError: for what is no such thing.
+    """
+    found: dict[str, str] = {}
+    for text in columns:
+        role, colon, name = (part.strip() for part in text.partition(":"))
+        if not colon or not name or role not in layouts.COLUMNS or role in found:
+            raise DataError(
+                f"config.data.columns has {text!r}: use ROLE:COLUMN, each role once, of {', '.join(layouts.COLUMNS)}"
+            )
+        found[role] = name
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- mixtures
+
+
+class Part(NamedTuple):
+    """A part of a mixture: which share of the rows comes from where."""
+
+    path: str
+    format: str
+    weight: Fraction
+
+
+def mixture_parts(mixture: Sequence[str]) -> list[Part]:
+    """config.data.mixture: [FORMAT@]PATH[:WEIGHT], format auto and weight 1 where they are left out.
+
+    Raises:
+      DataError: for what is no such thing.
+    """
+    parts = []
+    for text in mixture:
+        head, colon, tail = text.rpartition(":")
+        named, at, rest = text.partition("@")
+        number = re.fullmatch(r"\d+(\.\d+)?", tail)
+        path, weight = (head, Fraction(tail)) if colon and number else (text, Fraction(1))
+        format = "auto"
+        if at and named in FORMATS:
+            format, path = named, path.removeprefix(f"{named}@")
+        if not path or not weight:
+            raise DataError(f"config.data.mixture has {text!r}: use [FORMAT@]PATH[:WEIGHT], the weight above 0")
+        parts.append(Part(path, format, weight))
+    return parts
+
+
+def quotas(sizes: Sequence[int], weights: Sequence[Fraction], num_rows: int = 0) -> list[int]:
+    """How many rows of each part a mixture takes.
+
+    Args:
+      sizes: rows that there are.
+      weights: relative shares.
+      num_rows: of all parts together, dealt by largest remainders; 0: as many as there can be, that is s * weight of
+        each part, rounded down, with the largest s for which no part is exceeded.
+
+    Raises:
+      DataError: where a part has too few rows, or would give none.
+    """
+    scale = min(Fraction(size) / weight for size, weight in zip(sizes, weights, strict=True))
+    exact = [scale * weight for weight in weights]
+    if num_rows:
+        exact = [num_rows * weight / sum(weights) for weight in weights]
+    found = [int(share) for share in exact]
+    if num_rows:
+        by_remainder = sorted(range(len(exact)), key=lambda i: found[i] - exact[i])  # stable: the first of equals
+        for i in by_remainder[: num_rows - sum(found)]:
+            found[i] += 1
+    for i, (number, size) in enumerate(zip(found, sizes, strict=True), 1):
+        if number > size:
+            raise DataError(
+                f"config.data.num_rows={num_rows} takes {number} rows of part {i}, which has {size}: at most "
+                f"{sum(quotas(sizes, weights))} rows can be had by these weights"
+            )
+        if not number:
+            raise DataError(
+                f"config.data.mixture: part {i} has so small a weight that none of its {size} rows is taken"
+            )
+    return found
+
+
+def sampled(rows: Sequence[PreferenceExample], num_rows: int, seed: int) -> Rows:
+    """Rows without replacement, in their order: those whose texts have the smallest hashes.
+
+    So neither the order of the rows nor the file that they came from plays a part, and fewer rows are some of more.
+    """
+
+    def key(i: int) -> bytes:
+        texts = "\0".join((rows[i].prompt, rows[i].chosen, rows[i].rejected))
+        return hashlib.sha256(f"rows {seed} {texts}".encode("utf-8", "surrogatepass")).digest()
+
+    chosen = sorted(range(len(rows)), key=key)[:num_rows]
+    return [rows[i] for i in sorted(chosen)]
+
+
+def read_config(config: DataConfig, seed: int, *, answers: bool = True) -> tuple[Rows, Counts, list[dict[str, Any]]]:
+    """The rows of config.data with source file: of its path, or of the parts of its mixture one after the other.
+
+    In a mixture in which some prompts end with a blank line, as dialogues do, all others get one too: a model learns
+    one form.
+
+    Args:
+      config: of the data.
+      seed: of the hash by which rows are taken where not all are.
+      answers: False: prompts alone will do.
+
+    Returns:
+      (rows, number of dropped rows by cause, and of each file or folder: path, format, weight, rows that were read,
+      rows that were dropped by cause, and rows that were taken of the others).
+
+    Raises:
+      DataError: where something cannot be read, or the parts do not go together.
+    """
+    names = column_names(config.columns)
+    parts = mixture_parts(config.mixture) or [Part(config.path, config.format, Fraction(1))]
+    if names and config.mixture and not any(part.format == "columns" for part in parts):
+        raise DataError("config.data.columns is for the parts of config.data.mixture that are named columns@PATH")
+    found, report = [], []
+    for part in parts:
+        columns = names if not config.mixture or part.format == "columns" else {}
+        format = part.format
+        if format == "auto":
+            format = "columns" if columns else detect_format(part.path, answers=answers)
+        rows, dropped = read(part.path, format, answers=answers, columns=columns)
+        found.append(rows)
+        report.append({"path": str(part.path), "format": format, "weight": float(part.weight), "dropped": dropped})
+        report[-1]["read"] = len(rows) + sum(dropped.values())
+    for name, has in (("answers", lambda row: bool(row.chosen)), ("requirements", lambda row: bool(row.requirements))):
+        if len({has(rows[0]) for rows in found}) > 1:
+            raise DataError(f"config.data.mixture: {name} must be in all parts or in none")
+    if config.mixture or config.num_rows:
+        numbers = quotas([len(rows) for rows in found], [part.weight for part in parts], config.num_rows)
+        found = [sampled(rows, number, seed) for rows, number in zip(found, numbers, strict=True)]
+    for line, rows in zip(report, found, strict=True):
+        line["taken"] = len(rows)
+    everything = [row for rows in found for row in rows]
+    if config.mixture and any(row.prompt.endswith("\n\n") for row in everything):
+        ended = lambda x: x if x.endswith("\n\n") else x.rstrip("\n") + "\n\n"  # noqa: E731
+        everything = [dataclasses.replace(row, prompt=ended(row.prompt)) for row in everything]
+    counts = collections.Counter()
+    for line in report:
+        counts.update(line["dropped"])
+    return everything, dict(counts), report
+
+
+# ------------------------------------------------------------------------------------------------------------- division
 
 
 def _prompt_groups(rows: Sequence[PreferenceExample], seed: int, purpose: str) -> list[list[int]]:

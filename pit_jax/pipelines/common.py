@@ -105,9 +105,9 @@ def data_stage(context: Context, words: Sequence[str] = (), tokenizer: str | Pat
             num_test=config.data.num_test,
             num_pretrain=config.data.num_pretrain,
         )
-        counts: dict[str, int] = {}
+        counts, parts = {}, []
     else:
-        rows, counts = sources.read(config.data.path, config.data.format, answers=needs_answers(config))
+        rows, counts, parts = sources.read_config(config.data, config.seed, answers=needs_answers(config))
         rest, selection, test = sources.split_off(rows, config.data.num_selection, config.data.num_test, config.seed)
         if needs_answers(config):
             folds = sources.folds(rest, config.seed)
@@ -135,9 +135,11 @@ def data_stage(context: Context, words: Sequence[str] = (), tokenizer: str | Pat
         model = tokenizer_lib.train(texts, config.tokenizer.vocab_size)
     (root / "tokenizer.model").write_bytes(model)
     encoder = encode.make_encoder(tokenizer_lib.load(root / "tokenizer.model"), config.data)
-    record: dict[str, Any] = {"steps": 0, "rows": {}, "over_length": {}, "skipped": counts}
+    record: dict[str, Any] = {"steps": 0, "rows": {}, "over_length": {}, "skipped": counts, "sources": parts}
+    lengths = {name: encode.token_lengths(split, encoder) for name, split in raw.items()}
+    record["tokens"] = encode.quantiles(np.concatenate([*lengths.values()]))
     for name, split in raw.items():
-        kept, dropped = encode.drop_over_length(split, encoder)
+        kept, dropped = encode.drop_over_length(split, encoder, lengths[name])
         context.rows[name] = kept
         record["rows"][name] = len(kept)
         if dropped:
@@ -147,6 +149,11 @@ def data_stage(context: Context, words: Sequence[str] = (), tokenizer: str | Pat
     if config.data.source == "synthetic":
         record["surface_baselines"] = synthetic.surface_baselines(raw["rm"] + raw["rl"], raw["sft"])
     print(f"  rows {record['rows']}, over the windows and dropped: {record['over_length'] or 'none'}")
+    if record["tokens"]:
+        found = (f"{name} {' '.join(map(str, values.values()))}" for name, values in record["tokens"].items())
+        print(f"  tokens of a row (50%, 90%, 99%, longest): {', '.join(found)}")
+    if len(parts) > 1:
+        print("  taken: " + ", ".join(f"{part['taken']} rows of {part['path']}" for part in parts))
     if counts:
         print(f"  rows of the source that were left out: {counts}")
     if "surface_baselines" in record:
