@@ -3,11 +3,12 @@
 import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-from absl import flags
+from absl import app, flags
 
 from pit_jax.data.sources import DataError
 from pit_jax.learners.loop import NonFiniteError
@@ -40,3 +41,16 @@ def one_line_errors(stopped: str = "") -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"\nstopped{stopped and '; '}{stopped}", file=sys.stderr)
         sys.exit(130)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """A misspelt field of the config ends in one line too, not in a traceback from inside ml_collections."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:
+        if Path(traceback.extract_tb(error.__traceback__)[-1].filename).name != "config_dict.py":
+            raise  # a fault in the config file, which is read here as well
+        field, *hint = str(error).replace("\\n", "\n").replace("\\", "").strip("'\"").split("\n")
+        message = f"error: the config has no field '{field.strip(chr(39))}'. {' '.join(hint)}"
+        print(message.strip(), file=sys.stderr)
+        sys.exit(2)

@@ -5,7 +5,6 @@ one stage, `--config.ppo.kl_coef=0.02` changes a number, `--config=configs/pit_s
 """
 
 import sys
-import traceback
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -50,24 +49,11 @@ def main(argv: list[str]) -> None:
         print(f"Every table and figure of the paper: python -m pit_jax.evaluate --workdir={workdir} --tables=all")
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
-    """A misspelt field of the config ends in one line too, not in a traceback from inside ml_collections."""
-    try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError) as error:
-        if Path(traceback.extract_tb(error.__traceback__)[-1].filename).name != "config_dict.py":
-            raise  # a fault in the config file, which is read here as well
-        field, *hint = str(error).replace("\\n", "\n").replace("\\", "").strip("'\"").split("\n")
-        message = f"error: the config has no field '{field.strip(chr(39))}'. {' '.join(hint)}"
-        print(message.strip(), file=sys.stderr)
-        sys.exit(2)
-
-
 def run() -> None:
     """Entry point."""
     logging.set_verbosity(logging.WARNING)
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main, flags_parser=_parse_flags)
+    app.run(main, flags_parser=cli.parse_flags)
 
 
 if __name__ == "__main__":

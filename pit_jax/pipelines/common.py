@@ -349,10 +349,14 @@ def load_pretrained(context: Context, sizes: ModelConfig) -> Params:
     return context.workdir.load_model(stage, like)
 
 
+def sft_rows(encoder: encode.Encoder, rows: Sequence[PreferenceExample]) -> list[batches.Turns]:
+    """x -> y_w."""
+    return [(encoder.policy_prompt(r.prompt), encoder.response(r.chosen)) for r in rows]
+
+
 def sft_policy_stage(context: Context, stage: str, settings: SFTConfig) -> dict:
     """M_P^SFT: -sum log M_P(y_w | x)."""
-    e, config = context.encoder, context.config
-    rows = [(e.policy_prompt(r.prompt), e.response(r.chosen)) for r in context.rows["sft"]]
+    config, rows = context.config, sft_rows(context.encoder, context.rows["sft"])
     start = lambda: load_pretrained(context, config.policy_model)  # noqa: E731
     return likelihood_stage(context, stage, config.policy_model, settings, rows, start)
 

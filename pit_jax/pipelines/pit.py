@@ -66,20 +66,30 @@ def stage_names(config: PitConfig) -> list[str]:
 # ------------------------------------------------------------------------------------------------------- likelihood
 
 
+def sft_pit_rows(
+    encoder: encode.Encoder, rows: Sequence[PreferenceExample], chain_of_thought: bool = False
+) -> list[batches.Turns]:
+    """(x, y_l) -> y_w, or c, y_w (appendix K)."""
+    target = lambda r: f"{r.reflection}\n{r.chosen}" if chain_of_thought else r.chosen  # noqa: E731
+    return [(encoder.pit_prompt(r.prompt, r.rejected), encoder.response(target(r))) for r in rows]
+
+
+def unlikely_rows(encoder: encode.Encoder, rows: Sequence[PreferenceExample]) -> list[batches.Turns]:
+    """(x, y_w) -> y_l, (x, y_l) -> y_l and (x, y_w) -> y_w of section 3.2, in turn."""
+    terms = ((lambda r: (r.chosen, r.rejected)), (lambda r: (r.rejected,) * 2), (lambda r: (r.chosen,) * 2))
+    found = []
+    for i, r in enumerate(rows):
+        ref_response, response = terms[i % 3](r)
+        found.append((encoder.pit_prompt(r.prompt, ref_response), encoder.response(response)))
+    return found
+
+
 def sft_pit_stage(context: Context, stage: str) -> dict:
     """M_PIT^SFT: -sum log M_PIT(y_w | x, y_l), with the options of section 3.2 and appendix K."""
     e, config = context.encoder, context.config
     settings = dataclasses.replace(config.sft_pit, chain_of_thought=has_thoughts(config, stage))
-    rows = []
-    for r in context.rows["sft"]:
-        target = f"{r.reflection}\n{r.chosen}" if settings.chain_of_thought else r.chosen
-        rows.append((e.pit_prompt(r.prompt, r.rejected), e.response(target)))
-    unlikely = []
-    if settings.unlikelihood:
-        terms = ((lambda r: (r.chosen, r.rejected)), (lambda r: (r.rejected,) * 2), (lambda r: (r.chosen,) * 2))
-        for i, r in enumerate(context.rows["sft"]):  # the three terms in turn
-            ref_response, response = terms[i % 3](r)
-            unlikely.append((e.pit_prompt(r.prompt, ref_response), e.response(response)))
+    rows = sft_pit_rows(e, context.rows["sft"], settings.chain_of_thought)
+    unlikely = unlikely_rows(e, context.rows["sft"]) if settings.unlikelihood else []
     start = lambda: common.load_pretrained(context, config.pit_model)  # noqa: E731
     return common.likelihood_stage(context, stage, config.pit_model, settings, rows, start, unlikely=unlikely)
 

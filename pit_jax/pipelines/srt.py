@@ -23,7 +23,7 @@ import numpy as np
 
 from pit_jax import checkpoint, optimizers, train_state
 from pit_jax.config import FeedbackConfig, SamplingConfig, SrtConfig
-from pit_jax.data import feedback as feedback_lib, pairs, synthetic_critic
+from pit_jax.data import batches, feedback as feedback_lib, pairs, synthetic_critic
 from pit_jax.data.feedback import MAX_SCORE, PARTS, Feedback, Form
 from pit_jax.data.sources import DataError
 from pit_jax.data.verifier import verify
@@ -537,6 +537,13 @@ def open_srt(workdir: str) -> tuple[Context, str]:
     return context, stage
 
 
+def srt_rows(context: Context, records: Sequence[Record], without: str = "") -> list[batches.Turns]:
+    """x -> (y, f, r) of Equation 1, as turns that are read and learnt."""
+    form = make_form(context, without)
+    learn = [part for part in context.config.learn if part not in feedback_lib.WITHOUT[without]]
+    return [form.turns(r.instruction, r.response, r.feedback, learn) for r in records]
+
+
 def srt_stage(context: Context, stage: str, without: str = "", share: float = 1.0) -> dict:
     """Stage 1: -sum log P(y, f, r | x) from M_base (Equation 1).
 
@@ -547,34 +554,33 @@ def srt_stage(context: Context, stage: str, without: str = "", share: float = 1.
       share: of the sequences (Figure 5).
     """
     config = context.config
-    form = make_form(context, without)
     records = [r for r in read_records(context, "critic_feedback") if not r.dropped]
-    records = records[: max(1, round(share * len(records)))]
-    learn = [part for part in config.learn if part not in feedback_lib.WITHOUT[without]]
-    rows = [form.turns(r.instruction, r.response, r.feedback, learn) for r in records]
+    rows = srt_rows(context, records[: max(1, round(share * len(records)))], without)
     start = lambda: common.load_model(context, "sft_policy")  # noqa: E731
     return common.likelihood_stage(context, stage, config.policy_model, config.srt, rows, start)
 
 
-def dpo_stage(context: Context, number: int) -> dict:
-    """Stage 2: DPO with r chosen and y rejected; ref_policy is the model that wrote them (section 3.2).
-
-    Answers end as M_self ends them, with the words that a critique begins with.
-    """
-    config, stage = context.config, f"dpo_{number}"
-    settings, last = config.dpo, "srt" if number == 1 else f"dpo_{number - 1}"
+def dpo_pairs(context: Context, records: Sequence[Record]) -> list[tuple[list[int], list[int], list[int]]]:
+    """(x, r, y) in ids; answers end as M_self ends them, with the words that a critique begins with."""
     form, e = make_form(context), context.encoder
-    records = [r for r in read_records(context, f"self_feedback_{number}") if not r.dropped]
     end = list(form.feedback_begins)
     if e.tokenizer.eos_id in end:  # a template that ends the answer's turn: nothing is sampled behind that
         end = end[: end.index(e.tokenizer.eos_id) + 1]
     ids = lambda text: [*e.tokenizer.encode(text), *end]  # noqa: E731
+    return [(form.prompt(r.instruction), ids(r.refinement), ids(r.response)) for r in records]
+
+
+def dpo_stage(context: Context, number: int) -> dict:
+    """Stage 2: DPO with r chosen and y rejected; ref_policy is the model that wrote them (section 3.2)."""
+    config, stage = context.config, f"dpo_{number}"
+    settings, last = config.dpo, "srt" if number == 1 else f"dpo_{number - 1}"
+    records = [r for r in read_records(context, f"self_feedback_{number}") if not r.dropped]
     model = common.model_of(context, last)
     ref_params = common.load_model(context, last)
     if not records:
         context.workdir.save_model(stage, ref_params)
         return {"steps": 0, "rows": 0}
-    data = pairs.pair_rows([(form.prompt(r.instruction), ids(r.refinement), ids(r.response)) for r in records])
+    data = pairs.pair_rows(dpo_pairs(context, records))
     log_probs = dpo.reference_log_probs(model, ref_params, data, settings.batch_size, chunk_size=settings.chunk_size)
     data = data._replace(ref_log_probs=log_probs)
     num_steps = settings.num_steps or max(1, round(settings.num_epochs * len(records) / settings.batch_size))
