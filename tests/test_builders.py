@@ -1,11 +1,22 @@
 """The data set on disk gives back the rows that were written, without TensorFlow."""
 
+import gzip
+import io
+import json
+import os
+import pathlib
+import socket
 import subprocess
 import sys
 
 import pytest
+import tensorflow_datasets as tfds
 
-from pit_jax.data import builders, synthetic
+from pit_jax.data import builders, sources, synthetic
+from pit_jax.data.sources import DataError
+from pit_jax.types import PreferenceExample
+
+DATA = pathlib.Path(os.environ.get("PIT_JAX_DATA", pathlib.Path(__file__).parents[1] / ".." / "shared" / "data"))
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +71,111 @@ def test_tensorflow_is_never_imported(data_dir):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["16", "False"]
+
+
+# Published sets.
+
+HEAD = "\n\nHuman: Name fruit {}.\n\nAssistant:"
+
+
+def hh_file(path: pathlib.Path, *numbers: int, more=()) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"chosen": f"{HEAD.format(i)} apple", "rejected": f"{HEAD.format(i)} carrot"} for i in numbers]
+    path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in (*rows, *more)).encode()))
+
+
+def test_hh_rlhf_of_a_folder(tmp_path):
+    same = {"chosen": f"{HEAD.format(9)} a", "rejected": f"{HEAD.format(9)} a"}
+    hh_file(tmp_path / "helpful-base" / "train.jsonl.gz", 1, 2, more=[same])
+    hh_file(tmp_path / "helpful-online" / "train.jsonl.gz", 3)
+    hh_file(tmp_path / "helpful-base" / "test.jsonl.gz", 4)
+    hh_file(tmp_path / "harmless-base" / "test.jsonl.gz", 5)
+    folder = builders.write_published("hh_rlhf", tmp_path / "tfds", path=tmp_path)
+    assert folder == tmp_path / "tfds" / "hh_rlhf" / "helpful" / "1.0.0"
+    rows, counts, report = builders.read_published("hh_rlhf", tmp_path / "tfds")  # what is there is not made again
+    assert [row.prompt for row in rows] == [f"Name fruit {i}.\n\n" for i in (4, 1, 2, 3)]
+    assert rows[0] == PreferenceExample("Name fruit 4.\n\n", "carrot", "apple") and counts == {"same_answers": 1}
+    assert [(part["read"], part["taken"], part["dropped"]) for part in report] == [
+        (1, 1, {}), (4, 3, {"same_answers": 1}),
+    ]  # fmt: skip
+    harmless = builders.read_published("hh_rlhf", tmp_path / "tfds", path=tmp_path, config="harmless")
+    assert [row.prompt for row in harmless[0]] == ["Name fruit 5.\n\n"]
+    info = builders.HhRlhf(data_dir=str(tmp_path / "tfds")).info
+    assert info.redistribution_info.license == "MIT" and "2204.05862" in info.citation and "anthropics" in info.homepage
+
+
+def test_another_file_under_the_name_of_a_published_one(tmp_path):
+    hh_file(tmp_path / "helpful-online" / "test.jsonl.gz", 1)
+    with pytest.raises(DataError, match="is not the published file, whose sha256 is 39a475cc"):
+        builders.write_published("hh_rlhf", tmp_path / "tfds", path=tmp_path)
+    assert not (tmp_path / "tfds" / "hh_rlhf" / "helpful" / "1.0.0").exists()
+    with pytest.raises(DataError, match="has none of helpful-base/train"):
+        builders.write_published("hh_rlhf", tmp_path / "tfds", path=tmp_path / "tfds")
+
+
+def test_published_test_files_are_the_verified_ones(tmp_path):
+    folder = DATA / "hh-rlhf"
+    if not folder.exists():
+        pytest.skip(f"no {folder}: set PIT_JAX_DATA to the folder of test data")
+    rows, counts, _ = builders.read_published("hh_rlhf", tmp_path, path=folder)
+    expected, dropped = sources.read(folder)
+    assert rows == expected and counts == dropped
+    assert counts == {"same_answers": 34, "empty_answer": 3, "prompts_differ": 3} and len(rows) == 1137 + 2749 - 40
+    assert {url.rsplit("/", 2)[1] for url in builders.HhRlhf.url_infos} == {
+        p.name for p in folder.iterdir() if p.is_dir()
+    }
+
+
+def test_summaries_of_a_folder(tmp_path):
+    def row(i, split, choice=0):
+        info = {"post": f"Post {i}.", "title": "T", "subreddit": "pets"}
+        return {"info": info, "summaries": [{"text": " a"}, {"text": " b"}], "choice": choice, "split": split}
+
+    lines = {
+        "batch3.json": [row(1, "train"), row(2, "valid1"), row(3, "train", None)],
+        "cnndm0.json": [row(4, "train", 1)],
+    }
+    for name, rows in lines.items():
+        (tmp_path / name).write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    rows, counts, report = builders.read_published("tldr", tmp_path / "tfds", path=tmp_path)
+    prompt = "Summarize this post from r/pets in a sentence or two.\n\nT\n\nPost {}.\n\n"
+    assert rows == [
+        PreferenceExample(prompt.format(1), "b", "a"), PreferenceExample(prompt.format(4), "a", "b"),
+        PreferenceExample(prompt.format(2), "b", "a"),
+    ]  # fmt: skip
+    assert counts == {"tie": 1} and [part["read"] for part in report] == [3, 1]
+    (tmp_path / "batch4.json").write_text(json.dumps(row(5, "../x")) + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"batch4\.json, line 1: field 'split' is '\.\./x'"):
+        builders.write_published("tldr", tmp_path / "other", path=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["hh_rlhf", "tldr"])
+def test_without_network_it_says_what_to_do(tmp_path, monkeypatch, name):
+    def refuse(*arguments, **keywords):
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    with pytest.raises(
+        DataError, match=r"cannot be reached \(Name or.*--config\.data\.source=file --config\.data\.path"
+    ):
+        builders.read_published(name, tmp_path / "tfds")
+    assert not list((tmp_path / "tfds").rglob("*.array_record*"))
+
+
+def test_a_download_is_asked_for_by_its_urls(tmp_path, monkeypatch):
+    """The files that TFDS would bring: a double of its download, as the tests have no network."""
+    hh_file(tmp_path / "any.jsonl.gz", 1)
+    asked = {}
+
+    def download(self, urls):
+        asked.update(urls)
+        return dict.fromkeys(urls, tmp_path / "any.jsonl.gz")
+
+    monkeypatch.setattr(socket, "create_connection", lambda *a, **k: io.BytesIO())
+    monkeypatch.setattr(tfds.download.DownloadManager, "download", download)
+    builders.write_published("hh_rlhf", tmp_path / "tfds")
+    base = "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main"
+    folders = ("helpful-base", "helpful-online", "helpful-rejection-sampled")
+    assert [*asked.values()] == [f"{base}/{f}/{split}.jsonl.gz" for split in ("train", "test") for f in folders]
+    assert set(builders.HhRlhf.url_infos) < set(asked.values())

@@ -1,20 +1,28 @@
-"""The synthetic data set on disk, as a TFDS builder that needs no TensorFlow.
+"""Preference sets on disk, as TFDS builders that need no TensorFlow: the synthetic one, and two that are published.
 
 Rows are written once, as array_record, with the TFDS metadata beside them, and read back by random access through
-`builder.as_data_source`. So the data set has the layout that any TFDS tool knows, and a run that resumes reads the rows
+`builder.as_data_source`. So a data set has the layout that any TFDS tool knows, and a run that resumes reads the rows
 it read before, whatever the generator's code has become meanwhile. This is the one module of the package that imports
 `tensorflow_datasets`.
 """
 
+import collections
 import contextlib
+import hashlib
 import io
 import json
-from collections.abc import Sequence
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.download.checksums import UrlInfo
 
-from pit_jax.data import synthetic
+from pit_jax.data import layouts, row_files, sources, synthetic
+from pit_jax.data.sources import DataError
 from pit_jax.types import PreferenceExample, Requirement
 
 SPLITS = ("sft", "rm", "rl", "selection", "test", "pretrain")
@@ -33,24 +41,33 @@ class PitSynthetic(tfds.core.GeneratorBasedBuilder):
         super().__init__(file_format="array_record", **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        # Made by hand: `dataset_info_from_configs` looks for metadata files beside an installed builder.
-        features = {name: tfds.features.Text() for name in _TEXTS}
-        features["requirements"] = tfds.features.Text(doc="JSON list of [kind, value]")
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Prompts with several requirements, an answer that meets all of them and one that does not.",
-            features=tfds.features.FeaturesDict(features),
-            disable_shuffling=True,  # rows are random already, and so they come back in the order of make_splits
-        )
+        description = "Prompts with several requirements, an answer that meets all of them and one that does not."
+        return _dataset_info(self, description=description)
 
     def _split_generators(self, dl_manager):
         del dl_manager  # nothing is downloaded
         return {name: self._generate_examples(rows) for name, rows in self._rows.items() if rows}
 
     def _generate_examples(self, rows):
-        for i, row in enumerate(rows):
-            requirements = json.dumps([[r.kind, r.value] for r in row.requirements])
-            yield i, {**{name: getattr(row, name) for name in _TEXTS}, "requirements": requirements}
+        yield from _examples(rows)
+
+
+def _dataset_info(builder: tfds.core.GeneratorBasedBuilder, **fields) -> tfds.core.DatasetInfo:
+    # Made by hand: `dataset_info_from_configs` looks for metadata files beside an installed builder.
+    features = {name: tfds.features.Text() for name in _TEXTS}
+    features["requirements"] = tfds.features.Text(doc="JSON list of [kind, value]")
+    return tfds.core.DatasetInfo(
+        builder=builder,
+        features=tfds.features.FeaturesDict(features),
+        disable_shuffling=True,  # rows come back in the order of make_splits, or of the published files
+        **fields,
+    )
+
+
+def _examples(rows: Sequence[PreferenceExample]) -> Iterator[tuple[int, dict[str, str]]]:
+    for i, row in enumerate(rows):
+        requirements = json.dumps([[r.kind, r.value] for r in row.requirements])
+        yield i, {**{name: getattr(row, name) for name in _TEXTS}, "requirements": requirements}
 
 
 class Source(Sequence):
@@ -105,7 +122,10 @@ def write_synthetic(
     if folder.exists():
         raise ValueError(f"{folder} already holds a data set: remove it or name another data_dir")
     splits = synthetic.make_splits(seed, size, num_selection, num_test, num_pretrain, failure_weights)
-    builder = PitSynthetic(splits=splits, data_dir=str(data_dir))
+    return _prepare(PitSynthetic(splits=splits, data_dir=str(data_dir)))
+
+
+def _prepare(builder: tfds.core.GeneratorBasedBuilder) -> Path:
     tfds.disable_progress_bar()  # a dozen bars for a few seconds
     with contextlib.redirect_stdout(io.StringIO()):  # "downloaded", where nothing is
         builder.download_and_prepare()
@@ -145,3 +165,223 @@ def read(data_dir: str | Path, split: str) -> list[PreferenceExample]:
 
 def _folder(data_dir: str | Path) -> Path:
     return Path(data_dir) / PitSynthetic.name / str(PitSynthetic.VERSION)
+
+
+# ----------------------------------------------------------------------------------------------------------- published
+
+_HH = "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main"
+_SUMMARIES = "https://openaipublic.blob.core.windows.net/summarize-from-feedback/dataset/comparisons"
+
+
+class HhRlhf(tfds.core.GeneratorBasedBuilder):
+    """Pairs of HH-RLHF (Bai et al., 2022), as `sources.read_hh_rlhf` reads them; splits train and test.
+
+    The configs are the two subsets: helpful, which PIT trains on (section 4.1), and harmless. How many rows were
+    dropped, by split and cause, is in `info.metadata["dropped"]`.
+
+    Sizes and sha256 of the test files of helpful-online and helpful-rejection-sampled are verified against the official
+    files. Those of the others are not known here: TFDS records what it gets, and `register_checksums` of
+    `tfds.download.DownloadConfig` writes that down.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "First version."}
+    FOLDERS = {
+        "helpful": ("helpful-base", "helpful-online", "helpful-rejection-sampled"),
+        "harmless": ("harmless-base",),
+    }
+    BUILDER_CONFIGS = [
+        tfds.core.BuilderConfig(name=name, description=f"The {name} subset.") for name in ("helpful", "harmless")
+    ]
+    url_infos = {
+        f"{_HH}/helpful-online/test.jsonl.gz": UrlInfo(
+            1_053_578, "39a475cc7e0df972902f8e3a0972726fce826ac65369bda8c671de4330c60a10", "test.jsonl.gz"
+        ),
+        f"{_HH}/helpful-rejection-sampled/test.jsonl.gz": UrlInfo(
+            1_361_231, "abc35dbc56015db1dae0faa484514ccbc3eee0133bfcd557fc69250619b028bb", "test.jsonl.gz"
+        ),
+    }
+
+    def __init__(self, *, path: str | Path = "", **kwargs):
+        """Args: path: a folder with the published folders; empty: they are downloaded. kwargs: of tfds builders."""
+        self._path = path
+        super().__init__(file_format="array_record", **kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return _dataset_info(
+            self,
+            description="Dialogues with an AI assistant, and the answer that people preferred of two.",
+            metadata=tfds.core.MetadataDict(),
+            homepage="https://github.com/anthropics/hh-rlhf",
+            license="MIT",
+            citation=(
+                "@article{bai2022training, title={Training a Helpful and Harmless Assistant with Reinforcement "
+                "Learning from Human Feedback}, author={Bai, Yuntao and others}, journal={arXiv:2204.05862}, "
+                "year={2022}}"
+            ),
+        )
+
+    def _split_generators(self, dl_manager):
+        names = [
+            f"{folder}/{split}.jsonl.gz"
+            for split in ("train", "test")
+            for folder in self.FOLDERS[self.builder_config.name]
+        ]
+        files = _published_files(dl_manager, self._path, _HH, names, self.url_infos)
+        found, dropped = {}, {}
+        for split in ("train", "test"):
+            rows, counts = [], collections.Counter()
+            for name, file in files.items():
+                if name.endswith(f"/{split}.jsonl.gz"):
+                    more, causes = sources.read_hh_rlhf(file)
+                    rows += more
+                    counts.update(causes)
+            found[split], dropped[split] = rows, dict(counts)
+        self.info.metadata["dropped"] = dropped
+        return {split: self._generate_examples(rows) for split, rows in found.items() if rows}
+
+    def _generate_examples(self, rows):
+        yield from _examples(rows)
+
+
+class SummarizeComparisons(tfds.core.GeneratorBasedBuilder):
+    """OpenAI's comparisons of summaries (Stiennon et al., 2020), as `layouts.summarize` reads them.
+
+    Splits train, valid1 and valid2 are those that the rows name. The prompt's wording is ours, see
+    `layouts.summary_prompt`. No size and no sha256 of these files could be verified here, so none is given: TFDS
+    records what it gets. How many rows were dropped, by split and cause, is in `info.metadata["dropped"]`.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "First version."}
+    FILES = (
+        *(f"batch{i}.json" for i in range(3, 23) if i != 21),
+        *("batch0_cnndm.json", "cnndm0.json", "cnndm2.json", "edit_b2_eval_test.json"),
+    )
+
+    def __init__(self, *, path: str | Path = "", **kwargs):
+        """Args: path: a folder with some of the published files; empty: they are downloaded. kwargs: of tfds."""
+        self._path = path
+        super().__init__(file_format="array_record", **kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return _dataset_info(
+            self,
+            description="Posts of Reddit (and some news articles), and the summary that people preferred of two.",
+            metadata=tfds.core.MetadataDict(),
+            homepage="https://github.com/openai/summarize-from-feedback",
+            license="CC BY 4.0 (the posts of TL;DR); see the homepage for the labels and the news articles",
+            citation=(
+                "@inproceedings{stiennon2020learning, title={Learning to summarize from human feedback}, "
+                "author={Stiennon, Nisan and Ouyang, Long and Wu, Jeff and Ziegler, Daniel M. and Lowe, Ryan and Voss, "
+                "Chelsea and Radford, Alec and Amodei, Dario and Christiano, Paul}, booktitle={NeurIPS}, year={2020}}"
+            ),
+        )
+
+    def _split_generators(self, dl_manager):
+        files = _published_files(dl_manager, self._path, _SUMMARIES, self.FILES, {})
+        found, dropped = collections.defaultdict(list), collections.defaultdict(collections.Counter)
+        for file in files.values():
+            for where, row in row_files.read_rows(file):
+                split = sources.string_field(row, "split", where)
+                if not split.isidentifier():  # the name of a file of TFDS
+                    raise DataError(f"{where}: field 'split' is {split!r}, but must be train, valid1 or valid2")
+                example = layouts.summarize(row, where)
+                if isinstance(example, str):
+                    dropped[split][example] += 1
+                else:
+                    found[split].append(example)
+        self.info.metadata["dropped"] = {split: dict(counts) for split, counts in dropped.items()}
+        return {split: self._generate_examples(rows) for split, rows in found.items()}
+
+    def _generate_examples(self, rows):
+        yield from _examples(rows)
+
+
+PUBLISHED = {"hh_rlhf": HhRlhf, "tldr": SummarizeComparisons}
+"""config.data.source -> its builder."""
+
+
+def _published_files(
+    dl_manager: tfds.download.DownloadManager,
+    path: str | Path,
+    base: str,
+    names: Sequence[str],
+    known: Mapping[str, UrlInfo],
+) -> dict[str, Path]:
+    """Files by name: those of a folder that are there, or all of them, downloaded.
+
+    Raises:
+      DataError: where the folder has none, a file is not the one that was published, or there is no network.
+    """
+    if path:
+        files = {name: Path(path) / name for name in names if (Path(path) / name).is_file()}
+        if not files:
+            raise DataError(f"{path}: has none of {', '.join(names)}")
+        for name, file in files.items():
+            info = known.get(f"{base}/{name}")
+            if info and hashlib.sha256(file.read_bytes()).hexdigest() != info.checksum:
+                raise DataError(
+                    f"{file}: is not the published file, whose sha256 is {info.checksum}: get it from {base}/{name}, "
+                    "or read your own by --config.data.source=file --config.data.path=FOLDER"
+                )
+        return files
+    urls = {name: f"{base}/{name}" for name in names}
+    try:
+        host = urllib.parse.urlsplit(base).hostname
+        if not urllib.request.getproxies():  # TFDS would try for minutes
+            socket.create_connection((host, 443), timeout=20).close()
+        return {name: Path(file) for name, file in dl_manager.download(urls).items()}
+    except OSError as error:
+        raise DataError(
+            f"{host}: cannot be reached ({error}). Get {', '.join(names)} from {base} on another machine, keep the "
+            "folders, and read them by --config.data.source=file --config.data.path=FOLDER"
+        ) from error
+
+
+def write_published(name: str, data_dir: str | Path | None = None, *, path: str | Path = "", config: str = "") -> Path:
+    """Downloads a published set and writes it as array_record, unless it is there.
+
+    Args:
+      name: a key of PUBLISHED.
+      data_dir: a TFDS data directory; None: TFDS_DATA_DIR, or ~/tensorflow_datasets.
+      path: a folder with the published files; empty: they are downloaded.
+      config: of the builder; empty: its first.
+
+    Returns:
+      The folder of the data set.
+
+    Raises:
+      DataError: where files are missing, or cannot be downloaded.
+    """
+    return _prepare(_published(name, data_dir, path, config))
+
+
+def read_published(
+    name: str, data_dir: str | Path | None = None, *, path: str | Path = "", config: str = ""
+) -> tuple[list[PreferenceExample], dict[str, int], list[dict[str, Any]]]:
+    """All rows of a published set, split by split, after `write_published`.
+
+    Args:
+      name, data_dir, path, config: as for `write_published`.
+
+    Returns:
+      (rows, number of dropped rows by cause, and what `sources.read_config` says of each source), splits in the order
+      of their names.
+    """
+    write_published(name, data_dir, path=path, config=config)
+    builder = _published(name, data_dir, "", config)
+    rows, counts, report = [], collections.Counter(), []
+    for split in sorted(builder.info.splits):
+        dropped = dict((builder.info.metadata or {}).get("dropped", {}).get(split, {}))
+        found = list(Source(builder.as_data_source(split=split)))
+        line = {"path": f"{builder.data_path}:{split}", "format": name, "weight": 1.0, "dropped": dropped}
+        report.append(line | {"read": len(found) + sum(dropped.values()), "taken": len(found)})
+        rows += found
+        counts.update(dropped)
+    return rows, dict(counts), report
+
+
+def _published(name: str, data_dir: str | Path | None, path: str | Path, config: str):
+    kwargs = {"config": config} if config else {}
+    return PUBLISHED[name](path=path, data_dir=None if data_dir is None else str(data_dir), **kwargs)

@@ -107,7 +107,10 @@ def data_stage(context: Context, words: Sequence[str] = (), tokenizer: str | Pat
         )
         counts, parts = {}, []
     else:
-        rows, counts, parts = sources.read_config(config.data, config.seed, answers=needs_answers(config))
+        if config.data.source == "file":
+            rows, counts, parts = sources.read_config(config.data, config.seed, answers=needs_answers(config))
+        else:
+            rows, counts, parts = builders.read_published(config.data.source)
         rest, selection, test = sources.split_off(rows, config.data.num_selection, config.data.num_test, config.seed)
         if needs_answers(config):
             folds = sources.folds(rest, config.seed)
