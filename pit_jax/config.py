@@ -115,7 +115,7 @@ class MeshConfig:
 class DataConfig:
     """Preference rows (x, y_l, y_w, c) and the windows that bound them."""
 
-    source: str = "synthetic"  # synthetic, file, or a published set that is downloaded: hh_rlhf, tldr
+    source: str = "synthetic"  # synthetic, file, or a published set that is downloaded: hh_rlhf, summarize
     path: str = ""  # source=file: a file or folder (.jsonl, .json, .gz, .xz, .parquet)
     format: str = "auto"  # source=file: auto, jsonl, hh_rlhf, summarize, tldr, columns
     columns: tuple[str, ...] = ()  # format=columns: names of columns, as prompt:instruction, chosen:good, rejected:bad
@@ -131,7 +131,7 @@ class DataConfig:
     templates: str = ""  # a folder with all files of pit_jax/data/templates, which replace the package's
 
     def __post_init__(self):
-        known = ("synthetic", "file", "hh_rlhf", "tldr")
+        known = ("synthetic", "file", "hh_rlhf", "summarize")
         _check(self.source in known, f"source is {self.source!r}: use {', '.join(known[:-1])} or {known[-1]}")
         given = bool(self.path or self.mixture)
         _check(self.source != "file" or given, "source is 'file': set --config.data.path=FILE_OR_FOLDER")

@@ -137,7 +137,7 @@ def test_summaries_of_a_folder(tmp_path):
     }
     for name, rows in lines.items():
         (tmp_path / name).write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    rows, counts, report = builders.read_published("tldr", tmp_path / "tfds", path=tmp_path)
+    rows, counts, report = builders.read_published("summarize", tmp_path / "tfds", path=tmp_path)
     prompt = "Summarize this post from r/pets in a sentence or two.\n\nT\n\nPost {}.\n\n"
     assert rows == [
         PreferenceExample(prompt.format(1), "b", "a"), PreferenceExample(prompt.format(4), "a", "b"),
@@ -146,10 +146,10 @@ def test_summaries_of_a_folder(tmp_path):
     assert counts == {"tie": 1} and [part["read"] for part in report] == [3, 1]
     (tmp_path / "batch4.json").write_text(json.dumps(row(5, "../x")) + "\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"batch4\.json, line 1: field 'split' is '\.\./x'"):
-        builders.write_published("tldr", tmp_path / "other", path=tmp_path)
+        builders.write_published("summarize", tmp_path / "other", path=tmp_path)
 
 
-@pytest.mark.parametrize("name", ["hh_rlhf", "tldr"])
+@pytest.mark.parametrize("name", ["hh_rlhf", "summarize"])
 def test_without_network_it_says_what_to_do(tmp_path, monkeypatch, name):
     def refuse(*arguments, **keywords):
         raise socket.gaierror("Name or service not known")

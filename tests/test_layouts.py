@@ -369,6 +369,17 @@ def test_an_array_of_rows(tmp_path, suffix):
     assert [row.prompt for row in sources.read(path)[0]] == ["p", "q"]
 
 
+@pytest.mark.parametrize("name", ["a.json.gz", "a.json.xz", "a.jsonl.gz"])
+def test_compression_that_ends_early(tmp_path, name):
+    rows = [comparison(i % 2, texts=(str(i * 2654435761 % 2**32), "b")) for i in range(500)]
+    text = json.dumps(rows) if ".json." in name else "".join(json.dumps(row) + "\n" for row in rows)
+    data = {".gz": gzip, ".xz": lzma}[name[-3:]].compress(text.encode())
+    (tmp_path / name).write_bytes(data)
+    assert len(sources.read(tmp_path / name)[0]) == 500
+    (tmp_path / name).write_bytes(data[:-5])
+    assert f"{tmp_path / name}: cannot be read after line " in error_of(sources.read, tmp_path / name)
+
+
 def test_arrays_that_cannot_be_read(tmp_path):
     good = {"prompt": "p", "chosen": "w", "rejected": "l"}
     for i, (content, expected) in enumerate((

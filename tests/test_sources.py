@@ -335,6 +335,7 @@ def test_parts_of_a_mixture():
     ]  # fmt: skip
     for bad in (":2", "a:0", "hh_rlhf@:1", ""):
         assert "use [FORMAT@]PATH[:WEIGHT]" in error_of(sources.mixture_parts, (bad,))
+    assert "names a/b/ twice" in error_of(sources.mixture_parts, ("a/b:2", "jsonl@a/b/"))
 
 
 @pytest.mark.parametrize(

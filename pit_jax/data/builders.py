@@ -298,7 +298,7 @@ class SummarizeComparisons(tfds.core.GeneratorBasedBuilder):
         yield from _examples(rows)
 
 
-PUBLISHED = {"hh_rlhf": HhRlhf, "tldr": SummarizeComparisons}
+PUBLISHED = {"hh_rlhf": HhRlhf, "summarize": SummarizeComparisons}
 """config.data.source -> its builder."""
 
 

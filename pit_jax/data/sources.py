@@ -278,12 +278,12 @@ def mixture_parts(mixture: Sequence[str]) -> list[Part]:
     """config.data.mixture: [FORMAT@]PATH[:WEIGHT], format auto and weight 1 where they are left out.
 
     Raises:
-      DataError: for what is no such thing.
+      DataError: for what is no such thing, and for a path that is named twice.
     """
-    parts = []
+    parts: list[Part] = []
     for text in mixture:
         head, colon, tail = text.rpartition(":")
-        named, at, rest = text.partition("@")
+        named, at, _ = text.partition("@")
         number = re.fullmatch(r"\d+(\.\d+)?", tail)
         path, weight = (head, Fraction(tail)) if colon and number else (text, Fraction(1))
         format = "auto"
@@ -291,6 +291,8 @@ def mixture_parts(mixture: Sequence[str]) -> list[Part]:
             format, path = named, path.removeprefix(f"{named}@")
         if not path or not weight:
             raise DataError(f"config.data.mixture has {text!r}: use [FORMAT@]PATH[:WEIGHT], the weight above 0")
+        if any(Path(path) == Path(part.path) for part in parts):
+            raise DataError(f"config.data.mixture names {path} twice: give it one weight")
         parts.append(Part(path, format, weight))
     return parts
 

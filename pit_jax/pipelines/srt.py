@@ -321,7 +321,8 @@ def data_stage(context: Context) -> dict:
         return common.data_stage(context, words)
     except DataError as error:
         remedy = "; prompts alone will do where M_base is another run's: set --config.base=RUN/models/STAGE"
-        raise DataError(f"{error}{remedy if 'is missing' in str(error) else ''}") from error
+        lacking = any(text in str(error) for text in ("is missing", "no columns of a pair"))
+        raise DataError(f"{error}{remedy if lacking else ''}") from error
 
 
 def base_stage(context: Context) -> dict:
