@@ -310,7 +310,7 @@ def test_chat_reads_as_the_same_dialogue_of_hh_rlhf(tmp_path):
         ({"chosen": say("Hi.", "", "Tea?", "yes"), "rejected": say("Hi.", "", "Tea?", "no")}, "not_a_dialogue"),
         ({"chosen": [], "rejected": say("Hi.", "no")}, "not_a_dialogue"),
         ({"chosen": say("Hi.", "yes")[1:], "rejected": say("Hi.", "no")[1:]}, "not_a_dialogue"),
-        ({"chosen": say("Hi.") * 2 + say("", "yes")[1:], "rejected": say("Hi.", "no")}, "not_a_dialogue"),
+        ({"chosen": say("Hi.") * 3 + say("", "yes")[1:], "rejected": say("Hi.", "no")}, "not_a_dialogue"),
         ({"chosen": [*say("Hi."), {"role": "tool", "content": "3"}], "rejected": say("Hi.", "no")}, "not_a_dialogue"),
     ],
 )
