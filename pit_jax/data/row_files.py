@@ -62,7 +62,12 @@ def files_of(path: str | Path) -> list[Path]:
     return [path / f for f in found]
 
 
-def _open(path: Path) -> BinaryIO:
+READ_ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError)
+"""Of files that are cut, damaged or of another kind than their name says."""
+
+
+def open_binary(path: Path) -> BinaryIO:
+    """The bytes of a file; .gz and .xz are decompressed."""
     return {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower(), open)(path, "rb")
 
 
@@ -81,7 +86,7 @@ def raw_lines(path: Path) -> Iterator[RawLine]:
     """
     number, offset = 0, 0
     try:
-        with _open(path) as file:
+        with open_binary(path) as file:
             for number, line in enumerate(file, 1):
                 start = offset
                 offset += len(line)
@@ -90,7 +95,7 @@ def raw_lines(path: Path) -> Iterator[RawLine]:
                     start += len(codecs.BOM_UTF8)
                 if line.strip():
                     yield RawLine(number, line, start)
-    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+    except READ_ERRORS as error:
         raise DataError(
             f"{path}: cannot be read after line {number} ({error}). Is the file complete, and of the kind that its "
             "name says?"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pit_jax.data import sources
-from pit_jax.data.sources import DataError
+from pit_jax.data import row_files
+from pit_jax.data.row_files import DataError
 from pit_jax.data.tokenizer import Tokenizer
 
 
@@ -79,15 +79,15 @@ def _kind(path: Path) -> str:
 
 def _documents(path: Path) -> Iterator[str]:
     if _kind(path) == ".jsonl":
-        for line in sources.raw_lines(path):
+        for line in row_files.raw_lines(path):
             where = f"{path}, line {line.number}"
-            yield sources.string_field(sources.parse_object(line, where), "text", where)
+            yield row_files.string_field(row_files.parse_object(line, where), "text", where)
         return
     try:
-        with sources.open_binary(path) as file:
+        with row_files.open_binary(path) as file:
             content = file.read()
         yield content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 at byte {error.start} (0x{content[error.start]:02x})") from error
-    except sources.READ_ERRORS as error:
+    except row_files.READ_ERRORS as error:
         raise DataError(f"{path}: cannot be read ({error}). Is the file complete?") from error
