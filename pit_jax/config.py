@@ -146,10 +146,11 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """SentencePiece; trained on the SFT fold where no model file is named."""
+    """A vocabulary from elsewhere, or a SentencePiece model that is trained on the SFT fold."""
 
-    path: str = ""
-    vocab_size: int = 2048
+    path: str = ""  # a SentencePiece model, a tokenizer.json, a folder with one of them, or bytes; empty: trained
+    vocab_size: int = 2048  # of one that is trained
+    chat_template: str = ""  # model (the one that comes with path), or a Jinja file; empty: "Human: ...Assistant:"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -570,6 +571,23 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ValueError(f"{path} is {value!r} ({type(value).__name__}), but must be of type {hint.__name__}")
     return value
+
+
+def complete(values: dict, default: Any = None) -> dict:
+    """A resolved config of an earlier version (from JSON) with the fields that it had not, at their defaults.
+
+    Fields are added with defaults that do what was done before; fields that no longer exist stay, and are an error of
+    `from_config_dict`.
+    """
+    default = class_of(values)() if default is None else default
+    out = dict(values)
+    for field in dataclasses.fields(default):
+        value = getattr(default, field.name)
+        if field.name not in out:
+            out[field.name] = json.loads(to_json(value)) if dataclasses.is_dataclass(value) else value
+        elif dataclasses.is_dataclass(value) and isinstance(out[field.name], dict):
+            out[field.name] = complete(out[field.name], value)
+    return out
 
 
 def to_json(config: Any) -> str:

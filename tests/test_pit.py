@@ -42,7 +42,7 @@ def rows():
 def encoder(rows):
     texts = [text for r in rows for text in (r.prompt, r.rejected, r.chosen, r.reflection)]
     texts += synthetic_text.word_forms(templates.literals())
-    return encode.make_encoder(tokenizer.Tokenizer(tokenizer.train(texts, 2048)), PitConfig().data)
+    return encode.make_encoder(tokenizer.SentencePiece(tokenizer.train(texts, 2048)), PitConfig().data)
 
 
 def turns(encoder, rows, **settings):

@@ -1,5 +1,6 @@
 """Tokenizer and templates: text comes back as it was, and no text can write a control symbol."""
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def tok(model):
-    return tokenizer.Tokenizer(model)
+    return tokenizer.SentencePiece(model)
 
 
 @pytest.fixture(scope="module")
@@ -88,17 +89,23 @@ def test_a_file_comes_back_and_a_missing_one_is_named(tok, model, tmp_path):
         tokenizer.load(tmp_path / "other.model")
 
 
-def test_a_model_without_control_symbols_is_refused():
+def test_a_model_without_an_end_is_refused():
     import io
 
     import sentencepiece
 
     buffer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS), model_writer=buffer, vocab_size=60, hard_vocab_limit=False, minloglevel=2
-    )
-    with pytest.raises(ValueError, match=f"mine.model has no control symbol {CANDIDATE}"):
-        tokenizer.Tokenizer(buffer.getvalue(), "mine.model")
+        sentence_iterator=iter(CORPUS), model_writer=buffer, vocab_size=60, hard_vocab_limit=False, minloglevel=2,
+        eos_id=-1,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="mine.model has no EOS id"):
+        tokenizer.SentencePiece(buffer.getvalue(), "mine.model")
+
+
+def test_our_own_models_are_left_as_they_are(tok, model):
+    """The digest names them in workdirs."""
+    assert tok.model == model and tok.digest == hashlib.sha256(model).hexdigest()
 
 
 def test_training_is_deterministic(model):

@@ -1,6 +1,7 @@
 """From rows of text to rows of ids: one tokenisation for SFT, reward models, RL, evaluation and inference."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Sequence
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from pit_jax.config import DataConfig
 from pit_jax.data import templates
+from pit_jax.data.chat import Chat
 from pit_jax.data.tokenizer import Tokenizer
 from pit_jax.types import PreferenceExample
 
@@ -20,6 +22,7 @@ class Encoder:
       tokenizer: ids.
       prompt_window, response_window, reflection_window: limits of config.data.
       template_folder: replaces the templates of the package; empty: none does.
+      chat: the chat template in whose turns all templates are written; None: as they stand.
     """
 
     tokenizer: Tokenizer
@@ -27,38 +30,48 @@ class Encoder:
     response_window: int
     reflection_window: int
     template_folder: str = ""
+    chat: Chat | None = None
 
     def __post_init__(self):
         load = lambda name: templates.load(name, self.template_folder)  # noqa: E731
-        parsed = {name: templates.parse(self.tokenizer, load(name)) for name in templates.FIELDS}
+        parse = self.chat.parse if self.chat else functools.partial(templates.parse, self.tokenizer)
+        parsed = {name: parse(load(name)) for name in templates.FIELDS}
         object.__setattr__(self, "_templates", parsed)
 
     @property
     def digest(self) -> str:
         """Names vocabulary, templates (which a user may have edited) and windows: all that makes ids of a text."""
         windows = self.prompt_window, self.response_window, self.reflection_window
-        return hashlib.sha256(repr((self.tokenizer.digest, self._templates, windows)).encode()).hexdigest()[:16]
+        made = self.tokenizer.digest, self._templates, windows
+        return hashlib.sha256(repr(made if self.chat is None else (*made, self.chat.digest)).encode()).hexdigest()[:16]
+
+    def prompt(self, prompt: str) -> list[int]:
+        """Ids of x as a field of a template."""
+        return self.chat.prompt(prompt) if self.chat else self.tokenizer.encode(prompt)
+
+    def _fill(self, name: str, prompt: str | Sequence[int], **fields: str | Sequence[int]) -> list[int]:
+        x = self.prompt(prompt) if isinstance(prompt, str) else prompt
+        return templates.fill(self.tokenizer, self._templates[name], prompt=x, **fields)
 
     def policy_prompt(self, prompt: str) -> list[int]:
         """Human: {x}Assistant: (appendix A)."""
-        return templates.fill(self.tokenizer, self._templates["policy"], prompt=prompt)
+        return self._fill("policy", prompt)
 
     def pit_prompt(self, prompt: str, ref_response: str | Sequence[int]) -> list[int]:
         """Human: {x}Assistant:<<Candidate>> {y_ref}<<Improved>> (appendix A); y_ref as text or as sampled ids."""
-        return templates.fill(self.tokenizer, self._templates["pit"], prompt=prompt, ref_response=ref_response)
+        return self._fill("pit", prompt, ref_response=ref_response)
 
     def reflection_prompt(self, prompt: str, response: str | Sequence[int]) -> list[int]:
         """Self-Refine's request for feedback (appendix E.1)."""
-        return templates.fill(self.tokenizer, self._templates["reflection"], prompt=prompt, response=response)
+        return self._fill("reflection", prompt, response=response)
 
     def refinement_prompt(self, prompt: str, response: str | Sequence[int], feedback: str | Sequence[int]) -> list[int]:
         """Self-Refine's request for a better answer (appendix E.1)."""
-        fields = dict(prompt=prompt, response=response, feedback=feedback)
-        return templates.fill(self.tokenizer, self._templates["refinement"], **fields)
+        return self._fill("refinement", prompt, response=response, feedback=feedback)
 
     def one_call_prompt(self, prompt: str, response: str | Sequence[int]) -> list[int]:
         """Self-Refine's request for a better answer without feedback (appendix B)."""
-        return templates.fill(self.tokenizer, self._templates["one_call"], prompt=prompt, response=response)
+        return self._fill("one_call", prompt, response=response)
 
     def response(self, text: str) -> list[int]:
         """Ids of a response with EOS."""
@@ -98,10 +111,10 @@ class Encoder:
         return window + len(self.refinement_prompt("", "", ""))
 
 
-def make_encoder(tokenizer: Tokenizer, config: DataConfig) -> Encoder:
-    """An Encoder with the windows of a config."""
+def make_encoder(tokenizer: Tokenizer, config: DataConfig, chat: Chat | None = None) -> Encoder:
+    """An Encoder with the windows of a config; with `chat`, its tokenizer is the chat's."""
     windows = config.prompt_window, config.response_window, config.reflection_window
-    return Encoder(tokenizer, *windows, config.templates)
+    return Encoder(chat.tokenizer if chat else tokenizer, *windows, config.templates, chat)
 
 
 TEXTS = ("prompt", "rejected", "chosen", "reflection")
@@ -111,7 +124,7 @@ TEXTS = ("prompt", "rejected", "chosen", "reflection")
 def token_lengths(rows: Sequence[PreferenceExample], encoder: Encoder) -> np.ndarray:
     """Tokens [len(rows), 4] int32 of x, y_l, y_w and c, as the windows count them: all but x with EOS."""
     size = lambda text: len(encoder.tokenizer.encode(text)) if text else 0  # noqa: E731
-    found = [[size(getattr(row, name)) for name in TEXTS] for row in rows]
+    found = [[len(encoder.prompt(row.prompt)), *(size(getattr(row, name)) for name in TEXTS[1:])] for row in rows]
     return np.asarray(found, np.int32).reshape(-1, len(TEXTS)) + np.asarray([0, 1, 1, 1], np.int32)
 
 

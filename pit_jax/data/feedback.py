@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pit_jax.data import templates
+from pit_jax.data.chat import Chat
 from pit_jax.data.tokenizer import Tokenizer
 
 PARTS = ("weaknesses", "suggestions", "score", "refinement")
@@ -226,11 +227,13 @@ class Form:
       tokenizer: ids.
       template: text of srt.txt; it begins as policy.txt does.
       without: a key of WITHOUT: what the sequence leaves out.
+      chat: the chat template of its turns, whose tokenizer is then `tokenizer`.
     """
 
     tokenizer: Tokenizer
     template: str
     without: str = ""
+    chat: Chat | None = None
 
     def __post_init__(self):
         if self.without not in WITHOUT:
@@ -243,7 +246,8 @@ class Form:
             lines = ["".join(line for i, line in enumerate(lines) if not is_heading(i))]
         else:
             lines = [line for i, line in enumerate(lines) if not (is_heading(i) and lines[i + 1].startswith("#"))]
-        parts = templates.parse(self.tokenizer, "\n".join(lines))
+        text = "\n".join(lines)
+        parts = self.chat.parse(text) if self.chat else templates.parse(self.tokenizer, text)
         fields = [value for kind, value in parts if kind == "field"]
         if fields != [f for f in ("prompt", "response", *PARTS) if f not in gone]:
             raise ValueError(f"srt.txt must name prompt, response, {', '.join(PARTS)} in this order, but has {fields}")
@@ -307,7 +311,7 @@ class Form:
             # "Assistant:" is of the prompt, all other literals of what stands behind them.
             self._add(turns, pending, learnt and part != self._first_answer())
             value = values[part]
-            self._add(turns, self.tokenizer.encode(value) if isinstance(value, str) else list(value), learnt)
+            self._add(turns, self._ids(part, value), learnt)
             pending = []
         self._add(turns, pending, learnt)  # EOS
         return turns
@@ -332,7 +336,13 @@ class Form:
 
     def _before(self, field: str, **values: str | Sequence[int]) -> list[int]:
         index = self._parts.index(("field", field))
-        return templates.fill(self.tokenizer, self._parts[:index], **values)
+        ids = {name: self._ids(name, value) for name, value in values.items()}
+        return templates.fill(self.tokenizer, self._parts[:index], **ids)
+
+    def _ids(self, field: str, value: str | Sequence[int]) -> list[int]:
+        if not isinstance(value, str):
+            return list(value)
+        return self.chat.prompt(value) if self.chat and field == "prompt" else self.tokenizer.encode(value)
 
     def _literal_before(self, field: str) -> tuple[int, ...]:
         """All ids between a field and the one before it: words, and EOS where the template ends a turn there."""

@@ -135,7 +135,7 @@ def _json_rows(file: Path) -> Iterator[Row]:
     if first != b"[":
         yield from _line_rows(file)  # many .json files hold an object per line
         return
-    with _open(file) as opened:  # what could be read above can be read again
+    with open_binary(file) as opened:  # what could be read above can be read again
         content = opened.read()
     start = len(codecs.BOM_UTF8) if content.startswith(codecs.BOM_UTF8) else 0
     text = _decoded(content[start:], start, str(file))

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from pit_jax.data.tokenizer import CONTROL_SYMBOLS, Tokenizer
+from pit_jax.data.tokenizer import CONTROL_SYMBOLS, Tokenizer, puts_space
 
 FIELDS = {
     "policy": {"prompt"},
@@ -54,23 +54,39 @@ Template = tuple[tuple[str, str | tuple[int, ...]], ...]
 """Parts in order: ("ids", ids of a literal or of a control symbol) or ("field", its name)."""
 
 
-def parse(tokenizer: Tokenizer, text: str) -> Template:
-    """A template's text with its literals encoded.
+def split(tokenizer: Tokenizer, text: str) -> list[tuple[str, str | tuple[int, ...]]]:
+    """A template's text in parts: as in `Template`, with literals as ("text", words).
 
-    Literals and fields are encoded one by one, so a field cannot merge with what stands beside it, and a control
-    symbol is made only where the template itself has one. A tokenizer puts a space before a text, so a literal gives
-    up the one before a field.
+    Some tokenizers put a space before a text: with them a literal gives up the one before a field.
     """
     control = {**tokenizer.control_ids, END: tokenizer.eos_id}
-    parts: list[tuple[str, str | tuple[int, ...]]] = [("ids", (tokenizer.bos_id,))]
-    for part in _PARTS.split(re.sub(r" (?=\{[a-z_]+\})", "", text)):
+    if puts_space(tokenizer):
+        text = re.sub(r" (?=\{[a-z_]+\})", "", text)
+    parts: list[tuple[str, str | tuple[int, ...]]] = []
+    for part in _PARTS.split(text):
         if part in control:
             parts.append(("ids", (control[part],)))
         elif part.startswith("{") and part.endswith("}"):
             parts.append(("field", part[1:-1]))
         elif part:
-            parts.append(("ids", tuple(tokenizer.encode(part))))
-    return tuple(parts)
+            parts.append(("text", part))
+    return parts
+
+
+def parse_parts(tokenizer: Tokenizer, text: str) -> list[tuple[str, str | tuple[int, ...]]]:
+    """`split`, with its literals encoded one by one."""
+    parts = split(tokenizer, text)
+    return [("ids", tuple(tokenizer.encode(value))) if kind == "text" else (kind, value) for kind, value in parts]
+
+
+def parse(tokenizer: Tokenizer, text: str) -> Template:
+    """A template's text with its literals encoded, behind BOS where there is one.
+
+    Literals and fields are encoded one by one, so a field cannot merge with what stands beside it, and a control
+    symbol is made only where the template itself has one.
+    """
+    bos = [] if tokenizer.bos_id is None else [("ids", (tokenizer.bos_id,))]
+    return (*bos, *parse_parts(tokenizer, text))
 
 
 def fill(tokenizer: Tokenizer, template: Template, **fields: str | Sequence[int]) -> list[int]:

@@ -1,69 +1,236 @@
-"""SentencePiece, and the control symbols of PIT.
+"""Tokenizers of three kinds behind one protocol: SentencePiece models, tokenizer.json of Hugging Face, raw bytes.
 
 <<Candidate>> and <<Improved>> are *control* symbols of the vocabulary: encoding a text never produces them, whatever
-the text spells, so only `templates.fill` can put them into a row.
+the text spells, so only `templates.fill` can put them into a row. The same holds of the special tokens that a
+vocabulary brings along: `</s>` or `<|im_start|>` in a text are the pieces of these letters.
 """
 
+import copy
 import hashlib
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import sentencepiece
+
+from pit_jax.data import hugging_face, tokenizer_files as files
 
 CANDIDATE = "<<Candidate>>"
 IMPROVED = "<<Improved>>"
 CONTROL_SYMBOLS = (CANDIDATE, IMPROVED)
 
 
-class Tokenizer:
+class Tokenizer(Protocol):
     """Text to ids and back; ids of the control symbols by name.
 
     Attributes:
-      vocab_size, pad_id, bos_id, eos_id: of the vocabulary.
+      vocab_size: number of ids, with those of the control symbols.
+      pad_id: fills slots that no mask counts; may be the EOS.
+      bos_id: begins a row; None where the vocabulary has no such id.
+      eos_id: ends an answer.
       control_ids: control symbol -> id.
-      digest: of the model file.
+      special_ids: what no text gives: all of these but `<unk>`, and the vocabulary's other special tokens.
+      names: "bos_token", "eos_token", ... -> text, as a chat template calls them.
+      chat_template: the Jinja template that came with the vocabulary; empty: none did.
+      digest: of all that makes ids of a text.
     """
 
-    def __init__(self, model: bytes, name: str = "tokenizer.model"):
-        """Args: model: a serialised SentencePiece model; name: where it came from, for errors."""
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.digest = hashlib.sha256(model).hexdigest()
-        self.vocab_size = self._processor.vocab_size()
-        self.bos_id, self.eos_id = self._processor.bos_id(), self._processor.eos_id()
-        self.pad_id = max(self._processor.pad_id(), 0)  # only fills slots that no mask counts
-        self.control_ids = {}
-        for symbol in CONTROL_SYMBOLS:
-            i = self._processor.piece_to_id(symbol)
-            if not self._processor.is_control(i):
-                raise ValueError(
-                    f"{name} has no control symbol {symbol}. Train a tokenizer with pit_jax.data.tokenizer.train "
-                    "or leave config.tokenizer.path empty."
-                )
-            self.control_ids[symbol] = i
-        if self.bos_id < 0 or self.eos_id < 0:
-            raise ValueError(f"{name} has no BOS or no EOS id; both are needed.")
+    vocab_size: int
+    pad_id: int
+    bos_id: int | None
+    eos_id: int
+    control_ids: Mapping[str, int]
+    special_ids: frozenset[int]
+    names: Mapping[str, str]
+    chat_template: str
+    digest: str
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text: no BOS, no EOS, no control symbol."""
-        return self._processor.encode(text)
+        """Ids of plain text: no BOS, no EOS, no control symbol, no special token."""
+
+    def encode_markup(self, text: str) -> list[int]:
+        """Ids of text that is ours, such as the words of a chat template: special tokens in it are these tokens."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; control symbols, BOS, EOS, padding and ids beyond the vocabulary become nothing.
+        """Text of ids; special ids and those beyond the vocabulary become nothing.
 
         A model's vocabulary is rounded up, so an untrained one can sample an id that has no piece.
         """
+
+    def unprefixed(self) -> "Tokenizer":
+        """The same ids without the space that some kinds put before every text: for text that goes on a line."""
+
+    def save(self, folder: str | Path) -> None:
+        """Writes what `load` and `transformers.AutoTokenizer` read."""
+
+
+class SentencePiece:
+    """A SentencePiece model; where it lacks our control symbols they are added behind its pieces."""
+
+    def __init__(
+        self, model: bytes, name: str = "tokenizer.model", *, more: Sequence[str] = (), chat_template: str = ""
+    ):
+        """Args:
+        model: serialised.
+        name: where it came from, for errors.
+        more: further control symbols that it lacks, before ours.
+        chat_template: see `Tokenizer`.
+        """
+        model = files.with_control(model, (*more, *CONTROL_SYMBOLS), name)
+        self._model = model
+        self._processor = p = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.digest = hashlib.sha256(model).hexdigest()
+        self.vocab_size = p.vocab_size()
+        self.bos_id = p.bos_id() if p.bos_id() >= 0 else None
+        self.eos_id = p.eos_id()
+        if self.eos_id < 0:
+            raise ValueError(f"{name} has no EOS id: nothing would end an answer.")
+        self.pad_id = p.pad_id() if p.pad_id() >= 0 else 0 if p.is_control(0) else self.eos_id
+        self.control_ids = {symbol: p.piece_to_id(symbol) for symbol in CONTROL_SYMBOLS}
+        self.special_ids = frozenset(i for i in range(self.vocab_size) if p.is_control(i))
+        ids = {"bos_token": p.bos_id(), "eos_token": p.eos_id(), "unk_token": p.unk_id(), "pad_token": p.pad_id()}
+        self.names = {key: p.id_to_piece(i) for key, i in ids.items() if i >= 0}
+        self.chat_template = chat_template
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(text)
+
+    def encode_markup(self, text: str) -> list[int]:
+        return _markup(self, {self._processor.id_to_piece(i): i for i in self.special_ids}, text)
+
+    def decode(self, ids: Iterable[int]) -> str:
         known = [int(i) for i in ids if 0 <= int(i) < self.vocab_size]
         return self._processor.decode([i for i in known if not self._processor.is_control(i)])
 
+    def unprefixed(self) -> "SentencePiece":
+        other = copy.copy(self)
+        other._processor = sentencepiece.SentencePieceProcessor(model_proto=files.without_prefix(self._model))
+        return other
+
+    @property
+    def model(self) -> bytes:
+        """The serialised model, with our control symbols."""
+        return self._model
+
+    def save(self, folder: str | Path) -> None:
+        bos = self.names.get("bos_token", "")
+        found = {"tokenizer.model": self._model}
+        table = files.sentencepiece_json(self._model, bos)
+        if table is not None:
+            found |= {"tokenizer.json": files.dumps(table)}
+            found |= {"tokenizer_config.json": files.dumps(files.config_json(self.names))}
+        if self.chat_template:
+            found |= {hugging_face.CHAT_FILE: self.chat_template.encode("utf-8")}
+        files.write(folder, found)
+
+
+class Bytes:
+    """Id b is byte b of the text in UTF-8; behind these stand the special ids. No vocabulary is smaller or plainer."""
+
+    _special = {"<pad>": 256, "<s>": 257, "</s>": 258, CANDIDATE: 259, IMPROVED: 260}
+
+    def __init__(self, chat_template: str = ""):
+        """Args: chat_template: see `Tokenizer`."""
+        self.vocab_size = 256 + len(self._special)
+        self.pad_id, self.bos_id, self.eos_id = (self._special[name] for name in ("<pad>", "<s>", "</s>"))
+        self.control_ids = {symbol: self._special[symbol] for symbol in CONTROL_SYMBOLS}
+        self.special_ids = frozenset(self._special.values())
+        self.names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+        self.chat_template = chat_template
+        self.digest = hashlib.sha256(repr(("bytes", self._special)).encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8"))
+
+    def encode_markup(self, text: str) -> list[int]:
+        return _markup(self, self._special, text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return bytes(int(i) for i in ids if 0 <= int(i) < 256).decode("utf-8", errors="replace")
+
+    def unprefixed(self) -> "Bytes":
+        return self
+
+    def save(self, folder: str | Path) -> None:
+        found = {
+            "tokenizer.json": files.dumps(files.bytes_json(self._special, self.names["bos_token"])),
+            "tokenizer_config.json": files.dumps(files.config_json(self.names, pit_jax="bytes")),
+        }
+        if self.chat_template:
+            found |= {hugging_face.CHAT_FILE: self.chat_template.encode("utf-8")}
+        files.write(folder, found)
+
+
+def _markup(tokenizer: Tokenizer, special: Mapping[str, int], text: str) -> list[int]:
+    longest_first = sorted(special, key=lambda name: (-len(name), name))
+    parts = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
+    return [i for part in parts for i in ([special[part]] if part in special else tokenizer.encode(part))]
+
+
+SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+
 
 def load(path: str | Path) -> Tokenizer:
-    """Reads a SentencePiece model file."""
+    """A tokenizer from a file, from a folder, or `bytes`.
+
+    Of a folder with both, tokenizer.json counts, as for transformers: it may have tokens that tokenizer.model has not.
+    In what `SentencePiece.save` wrote tokenizer.model is whole, and counts.
+
+    Args:
+      path: a SentencePiece model or a tokenizer.json (beside which its other files are looked for), a folder of
+        Hugging Face or of `save`, or the word bytes.
+
+    Raises:
+      ValueError: where there is none, or it cannot be used.
+    """
+    if str(path) == "bytes":
+        return Bytes()
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"tokenizer file {path} does not exist (config.tokenizer.path)")
-    return Tokenizer(path.read_bytes(), str(path))
+    if path.is_file():
+        return hugging_face.load(path, CONTROL_SYMBOLS) if path.suffix == ".json" else _sentencepiece(path)
+    if not path.is_dir():
+        raise ValueError(
+            f"tokenizer {path} does not exist (config.tokenizer.path): name a SentencePiece model, a tokenizer.json, a "
+            "folder with one of them, or bytes"
+        )
+    if hugging_face.read_settings(path).get("pit_jax") == "bytes":
+        return Bytes(hugging_face.chat_template_in(path))
+    models = [path / name for name in SENTENCEPIECE_FILES if (path / name).is_file()]
+    has_json = (path / hugging_face.FILE).is_file()
+    if models and (not has_json or CANDIDATE.encode() in models[0].read_bytes()):
+        return _sentencepiece(models[0])
+    if not has_json:
+        looked = ", ".join((hugging_face.FILE, *SENTENCEPIECE_FILES))
+        raise ValueError(f"folder {path} has no tokenizer (config.tokenizer.path): none of {looked} is in it")
+    return hugging_face.load(path / hugging_face.FILE, CONTROL_SYMBOLS)
+
+
+def _sentencepiece(path: Path) -> SentencePiece:
+    model, name = path.read_bytes(), str(path)
+    more: list[str] = []
+    beside = path.with_name("added_tokens.json")
+    if beside.is_file():  # ids that the folder's owner has put behind the model's own
+        size = len(files.pieces_of(model, name))
+        new = sorted((i, text) for text, i in hugging_face.read_object(beside).items() if i >= size)
+        if [i for i, _ in new] != list(range(size, size + len(new))):
+            raise ValueError(f"{beside} adds ids that do not follow on the {size} of {name}")
+        more = [text for _, text in new]
+    return SentencePiece(model, name, more=more, chat_template=hugging_face.chat_template_in(path.parent))
+
+
+def lossy_examples(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(text, what it is decoded to) for texts that do not come back: T5 folds newlines, others lack characters."""
+    for text in texts:
+        back = tokenizer.decode(tokenizer.encode(text))
+        if back != text:
+            yield text, back
+
+
+def puts_space(tokenizer: Tokenizer) -> bool:
+    """Whether `encode` puts a space before every text, as SentencePiece does, and `decode` takes it away again."""
+    return tokenizer.decode(2 * tokenizer.encode("a")).strip() == "a a"
 
 
 def train(texts: Iterable[str], vocab_size: int) -> bytes:

@@ -1,6 +1,7 @@
 """What PIT and SRT share: rows, M_pre, supervised stages, scores of reward models, samples."""
 
 import dataclasses
+import datetime
 import difflib
 import functools
 import hashlib
@@ -27,7 +28,8 @@ from pit_jax.data import (
     texts as texts_lib,
     tokenizer as tokenizer_lib,
 )
-from pit_jax.files import read_json, write_text_atomic
+from pit_jax.data.chat import Chat
+from pit_jax.files import read_json, write_json_atomic, write_text_atomic
 from pit_jax.learners import loop, reward_model, sft
 from pit_jax.metrics import MetricsWriter
 from pit_jax.models.transformer import ScalarModel, Transformer
@@ -92,7 +94,8 @@ def data_stage(context: Context, words: Sequence[str] = (), tokenizer: str | Pat
     Args:
       context: of the run.
       words: more text for the vocabulary.
-      tokenizer: a file to take; empty: config.tokenizer.path, or one is trained.
+      tokenizer: a file or folder to take; empty: config.tokenizer.path, that of config.pretrain.checkpoint, or one is
+        trained.
     """
     config, root = context.config, context.workdir.root / "data"
     shutil.rmtree(root, ignore_errors=True)  # of a start that was killed: the stage is not done
@@ -122,10 +125,9 @@ def data_stage(context: Context, words: Sequence[str] = (), tokenizer: str | Pat
             lines = [json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in split]
             write_text_atomic(root / f"{name}.jsonl", "".join(lines))
     raw = read_rows(config, root)
-    tokenizer = tokenizer or config.tokenizer.path
+    tokenizer = tokenizer or config.tokenizer.path or tokenizer_of(config.pretrain.checkpoint)
     if tokenizer:
-        tokenizer_lib.load(tokenizer)  # says what is wrong with the file
-        model = Path(tokenizer).read_bytes()
+        made = tokenizer_lib.load(tokenizer)
     else:
         # From the first fold alone (section 4.1's D_SFT): the others must stay unseen until their stage.
         texts = [text for row in raw["sft"] for text in (row.prompt, row.rejected, row.chosen, row.reflection)]
@@ -135,9 +137,17 @@ def data_stage(context: Context, words: Sequence[str] = (), tokenizer: str | Pat
         if config.data.source == "synthetic":
             # Each word of the lexicon and of the templates whole, in its three cases.
             texts += synthetic_text.word_forms(templates.literals(config.data.templates), *words)
-        model = tokenizer_lib.train(texts, config.tokenizer.vocab_size)
-    (root / "tokenizer.model").write_bytes(model)
-    encoder = encode.make_encoder(tokenizer_lib.load(root / "tokenizer.model"), config.data)
+        made = tokenizer_lib.SentencePiece(tokenizer_lib.train(texts, config.tokenizer.vocab_size))
+    if isinstance(made, tokenizer_lib.SentencePiece):
+        (root / "tokenizer.model").write_bytes(made.model)
+    else:
+        made.save(root / "tokenizer")
+    if config.tokenizer.chat_template:
+        template = read_chat_template(config, made)
+        # With the date, which some templates say: a run's ids do not change overnight.
+        write_json_atomic(root / "chat_template.json", {"template": template, "date": str(datetime.date.today())})
+    load_encoder(context)
+    encoder = context.encoder
     record: dict[str, Any] = {"steps": 0, "rows": {}, "over_length": {}, "skipped": counts, "sources": parts}
     lengths = {name: encode.token_lengths(split, encoder) for name, split in raw.items()}
     record["tokens"] = encode.quantiles(np.concatenate([*lengths.values()]))
@@ -147,8 +157,13 @@ def data_stage(context: Context, words: Sequence[str] = (), tokenizer: str | Pat
         record["rows"][name] = len(kept)
         if dropped:
             record["over_length"][name] = dropped
-    context.encoder = encoder
     record["vocab_size"] = encoder.tokenizer.vocab_size
+    texts = [text for rows in raw.values() for row in rows[:200] for text in (row.prompt, row.chosen)]
+    lossy = list(tokenizer_lib.lossy_examples(encoder.tokenizer, texts))
+    if lossy:
+        record["lossy"] = len(lossy) / len(texts)
+        text, back = min(lossy, key=lambda pair: len(pair[0]))
+        print(f"  {record['lossy']:.1%} of texts do not come back from the tokenizer: {text!r} as {back!r}")
     if config.data.source == "synthetic":
         record["surface_baselines"] = synthetic.surface_baselines(raw["rm"] + raw["rl"], raw["sft"])
     print(f"  rows {record['rows']}, over the windows and dropped: {record['over_length'] or 'none'}")
@@ -185,8 +200,33 @@ def needs_answers(config: Any) -> bool:
 
 def load_encoder(context: Context) -> None:
     """Fills `encoder` from a finished data stage."""
-    model = context.workdir.root / "data" / "tokenizer.model"
-    context.encoder = encode.make_encoder(tokenizer_lib.load(model), context.config.data)
+    root = context.workdir.root / "data"
+    folder, chat = root / "tokenizer", None
+    tokenizer = tokenizer_lib.load(folder if folder.is_dir() else root / "tokenizer.model")
+    if context.config.tokenizer.chat_template:
+        chat = Chat(tokenizer, **read_json(root / "chat_template.json"))
+    context.encoder = encode.make_encoder(tokenizer, context.config.data, chat)
+
+
+def tokenizer_of(checkpoint: str) -> Path | None:
+    """What the model of CHECKPOINT has learnt to read: CHECKPOINT/tokenizer, or that of the run of RUN/models/STAGE."""
+    path = Path(checkpoint)
+    data = path.parent.parent / "data"
+    places = path / "tokenizer", data / "tokenizer", data / "tokenizer.model"
+    return next((place for place in places if checkpoint and place.exists()), None)
+
+
+def read_chat_template(config: Any, tokenizer: tokenizer_lib.Tokenizer) -> str:
+    """The Jinja template that config.tokenizer.chat_template names."""
+    name = config.tokenizer.chat_template
+    if name == "model":
+        if not tokenizer.chat_template:
+            raise ValueError("config.tokenizer.chat_template=model, but no chat template comes with the tokenizer")
+        return tokenizer.chat_template
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"config.tokenizer.chat_template={name} cannot be read: {error}; or name model") from error
 
 
 def prompt_ending(context: Context, prompt: str) -> str:
@@ -479,7 +519,7 @@ def open_workdir(root: str | Path, command: str = Context.command) -> Context:
         raise ValueError(f"--workdir={root} has no config.json: name the workdir of a `python -m pit_jax.train`")
     values = read_json(path)
     try:
-        config = config_lib.from_config_dict(config_lib.class_of(values), values)
+        config = config_lib.from_config_dict(config_lib.class_of(values), config_lib.complete(values))
     except ValueError as error:
         raise ValueError(f"{path} is not of this version of pit_jax: {error}") from error
     context = Context(config, Workdir.of(root), None, command)

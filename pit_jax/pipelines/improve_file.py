@@ -62,7 +62,7 @@ class Improver:
         e, data = self.context.encoder, self.context.config.data
         prompt = answer.prompt + common.prompt_ending(self.context, answer.prompt)
         where = f"line {answer.number}" if answer.number else "here"
-        size = len(e.tokenizer.encode(prompt))
+        size = len(e.prompt(prompt))
         if size > data.prompt_window:
             raise DataError(f"{where}: the prompt has {size} tokens, but the models read {data.prompt_window}")
         if answer.response is None:

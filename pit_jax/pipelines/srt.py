@@ -23,7 +23,7 @@ import numpy as np
 
 from pit_jax import checkpoint, optimizers, train_state
 from pit_jax.config import FeedbackConfig, SamplingConfig, SrtConfig
-from pit_jax.data import batches, feedback as feedback_lib, pairs, synthetic_critic
+from pit_jax.data import batches, feedback as feedback_lib, pairs, synthetic_critic, tokenizer as tokenizer_lib
 from pit_jax.data.feedback import MAX_SCORE, PARTS, Feedback, Form
 from pit_jax.data.sources import DataError
 from pit_jax.data.verifier import verify
@@ -67,7 +67,8 @@ def make_form(context: Context, without: str | None = None) -> Form:
     """The sequence of Equation 1 in this run's ids."""
     config = context.config
     without = config.without if without is None else without
-    form = Form(context.encoder.tokenizer, feedback_lib.load_template("srt", config.data.templates), without)
+    template = feedback_lib.load_template("srt", config.data.templates)
+    form = Form(context.encoder.tokenizer, template, without, context.encoder.chat)
     if form.prompt("x") != context.encoder.policy_prompt("x"):
         raise ValueError("templates: srt.txt must begin as policy.txt: M_base has learnt to answer behind that")
     return form
@@ -313,7 +314,7 @@ def data_stage(context: Context) -> dict:
     """PIT's, with the words of the sequence and of the oracle critic in the vocabulary; with M_base comes its own."""
     config = context.config
     if config.base:
-        return common.data_stage(context, tokenizer=config.tokenizer.path or _base_tokenizer(config.base))
+        return common.data_stage(context, tokenizer=config.tokenizer.path or common.tokenizer_of(config.base))
     words = [feedback_lib.load_template("srt", config.data.templates)]
     if config.data.source == "synthetic":
         words += synthetic_critic.wordings()
@@ -335,19 +336,15 @@ def base_stage(context: Context) -> dict:
     return {"steps": 0, "from": config.base}
 
 
-def _base_tokenizer(base: str) -> Path:
-    """The tokenizer of RUN/models/STAGE."""
-    return Path(base).parent.parent / "data" / "tokenizer.model"
-
-
 def _check_tokenizer(config: SrtConfig) -> None:
     """Raises ValueError where M_base would read ids of a tokenizer that it has not learnt."""
-    ours, theirs = config.tokenizer.path, _base_tokenizer(config.base)
-    if not ours and not theirs.exists():
+    ours, theirs = config.tokenizer.path, common.tokenizer_of(config.base)
+    if not ours and not theirs:
         raise ValueError(
-            f"config.base={config.base!r} has no tokenizer at {theirs}: set --config.tokenizer.path to that of M_base"
+            f"config.base={config.base!r} has no tokenizer in it or in its run: set --config.tokenizer.path to that of "
+            "M_base"
         )
-    if ours and theirs.exists() and Path(ours).is_file() and Path(ours).read_bytes() != theirs.read_bytes():
+    if ours and theirs and tokenizer_lib.load(ours).digest != tokenizer_lib.load(theirs).digest:
         raise ValueError(
             f"config.base={config.base!r} has learnt ids of {theirs}, not of config.tokenizer.path={ours!r}: leave the "
             "latter out"

@@ -1,7 +1,7 @@
 """A workdir: what is done, what is next, and where everything lies.
 
 config.json                 the resolved config
-data/                       rows, tokenizer
+data/                       rows, tokenizer (tokenizer.model, or a folder tokenizer), chat_template.json if one is used
 checkpoints/STAGE/          states of a stage that is running or done
 candidates/STAGE/           parameters among which a stage chooses
 models/STAGE/               the parameters that a stage leaves behind
@@ -59,6 +59,8 @@ class Workdir:
         ours = json.loads(config_lib.to_json(config))
         if path.exists():
             theirs = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(config, config_lib.class_of(theirs)):
+                theirs = config_lib.complete(theirs)
             same = lambda c: {k: v for k, v in c.items() if k not in free_fields}  # noqa: E731
             lines = config_lib.differing_fields(same(ours), same(theirs))
             if lines and self._holds_work():
