@@ -237,29 +237,29 @@ def test_the_templates_of_the_package_are_what_is_tested_here():
 @pytest.mark.parametrize(
     ("without", "learnt"),
     [
-        ("", "y\n### Feedback\nWeaknesses:W\nSuggestions:S\nOverall Score: [[7]]\n### Improved Response\nR</s>"),
-        ("score", "y\n### Feedback\nWeaknesses:W\nSuggestions:S\n### Improved Response\nR</s>"),
-        ("suggestions", "y\n### Feedback\nWeaknesses:W\nOverall Score: [[7]]\n### Improved Response\nR</s>"),
-        ("weaknesses", "y\n### Feedback\nSuggestions:S\nOverall Score: [[7]]\n### Improved Response\nR</s>"),
+        ("", "y\n### Feedback\nWeaknesses: W\nSuggestions: S\nOverall Score: [[7]]\n### Improved Response\nR</s>"),
+        ("score", "y\n### Feedback\nWeaknesses: W\nSuggestions: S\n### Improved Response\nR</s>"),
+        ("suggestions", "y\n### Feedback\nWeaknesses: W\nOverall Score: [[7]]\n### Improved Response\nR</s>"),
+        ("weaknesses", "y\n### Feedback\nSuggestions: S\nOverall Score: [[7]]\n### Improved Response\nR</s>"),
         ("feedback", "y\n### Improved Response\nR</s>"),
         ("all_but_refinement", "R</s>"),
     ],
 )
 def test_rows_of_table_6(without, learnt):
     """Only the instruction is not learnt (section 3.1.2)."""
-    assert texts(without) == ["<s>Human:xAssistant:", learnt]
+    assert texts(without) == ["<s>Human: xAssistant:", learnt]
 
 
 def test_the_loss_mask_takes_literals_with_what_they_head():
     assert texts(learn=("refinement",)) == [
-        "<s>Human:xAssistant:y\n### Feedback\nWeaknesses:W\nSuggestions:S\nOverall Score: [[7",
+        "<s>Human: xAssistant:y\n### Feedback\nWeaknesses: W\nSuggestions: S\nOverall Score: [[7",
         "]]\n### Improved Response\nR</s>",
     ]
     assert texts(learn=("weaknesses", "refinement")) == [
-        "<s>Human:xAssistant:y", "\n### Feedback\nWeaknesses:W", "\nSuggestions:S\nOverall Score: [[7",
+        "<s>Human: xAssistant:y", "\n### Feedback\nWeaknesses: W", "\nSuggestions: S\nOverall Score: [[7",
         "]]\n### Improved Response\nR</s>",
     ]  # fmt: skip
-    assert texts(learn=("response",))[:2] == ["<s>Human:xAssistant:", "y"]
+    assert texts(learn=("response",))[:2] == ["<s>Human: xAssistant:", "y"]
 
 
 def test_what_a_model_is_given_is_the_beginning_of_what_it_learnt():
@@ -267,7 +267,7 @@ def test_what_a_model_is_given_is_the_beginning_of_what_it_learnt():
     ids = [i for turn in whole for i in turn]
     prompt, ask = form().prompt("x"), form().feedback_prompt("x", "y")
     assert ids[: len(prompt)] == prompt == whole[0]
-    assert ids[: len(ask)] == ask and Letters().decode(ask).endswith("y\n### Feedback\nWeaknesses:")
+    assert ids[: len(ask)] == ask and Letters().decode(ask).endswith("y\n### Feedback\nWeaknesses: ")
     begins, refined = form().feedback_begins, form().refinement_begins
     assert tuple(ids[len(prompt) + 1 :][: len(begins)]) == begins, "what stands behind an answer"
     assert Letters().decode(refined) == "]]\n### Improved Response\n"
@@ -279,16 +279,16 @@ def test_what_a_model_is_given_is_the_beginning_of_what_it_learnt():
 def test_the_room_that_a_critique_takes():
     """Its headings too, but for those behind the response, which M_self is given."""
     critique = form().critique(Feedback("W", "S", 7.0, "R"))
-    assert Letters().decode(critique) == "W\nSuggestions:S\nOverall Score: [[7]]\n### Improved Response\n"
+    assert Letters().decode(critique) == "W\nSuggestions: S\nOverall Score: [[7]]\n### Improved Response\n"
     assert form("feedback").critique(Feedback("W", "S", 7.0, "R")) == []
 
 
 def test_a_template_that_ends_the_turn_of_the_answer():
     """<<End>> behind {response}: it is part of what stands before the critique."""
     turns = Form(Letters(), SEQUENCE.replace("{response}\n", "{response}<<End>>\n"))
-    assert Letters().decode(turns.feedback_begins) == "</s>\n### Feedback\nWeaknesses:"
+    assert Letters().decode(turns.feedback_begins) == "</s>\n### Feedback\nWeaknesses: "
     ask = Letters().decode(turns.feedback_prompt("x", "y"))
-    assert ask == "<s>Human:xAssistant:y</s>\n### Feedback\nWeaknesses:"
+    assert ask == "<s>Human: xAssistant:y</s>\n### Feedback\nWeaknesses: "
 
 
 def test_ids_of_a_model_are_taken_as_they_are():
