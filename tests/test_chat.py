@@ -196,6 +196,16 @@ def test_turns_end_as_the_template_ends_them(folders):
     assert ids.count(261) == 1
 
 
+def test_bos_is_not_doubled(folders):
+    for template in (HEADERS, "<s>" + HEADERS, "<s><s>" + HEADERS):
+        ids = make_encoder(make_chat(folders, "byte level", template)).policy_prompt("a")
+        assert ids.count(260) == 1 and ids[0] == 260
+    e = make_encoder(make_chat(folders, "byte level", CHATML))
+    assert e.policy_prompt("a").count(260) == 0, "a template without BOS has none, as in transformers"
+    literal = encode.make_encoder(make_chat(folders, "byte level", HEADERS).base, DataConfig())
+    assert literal.policy_prompt("<s>").count(260) == 1
+
+
 def test_by_hand(folders):
     """Bytes, so that the rendered text is the row."""
     chat = make_chat(folders, "bytes", HEADERS.replace("<|im_start|>", "[").replace("<|im_end|>", "]"))

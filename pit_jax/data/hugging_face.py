@@ -75,14 +75,17 @@ class HuggingFace:
         self._beside = beside
         read = lambda file: json.loads(beside.get(file, b"{}"))  # noqa: E731
         settings, mapped, generation = read(CONFIG_FILE), read(MAP_FILE), read(GENERATION_FILE)
-        self._table = table = _complete(table, settings, symbols, name)
+        roles = {role: _text(settings.get(role) or mapped.get(role)) for role in ROLES}
+        more = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
+        named = {*roles.values(), *map(_text, more.values() if isinstance(more, dict) else more)}
+        self._table = table = _complete(table, settings, named, symbols, name)
         vocab = _vocab(table)
         added = {token["content"]: token for token in table["added_tokens"]}
         ids = vocab | {text: token["id"] for text, token in added.items()}
         texts = {i: text for text, i in ids.items()}
         self.vocab_size = max(texts) + 1
 
-        self.names = {role: text for role in ROLES if (text := _text(settings.get(role) or mapped.get(role))) in ids}
+        self.names = {role: text for role, text in roles.items() if text in ids}
         if "eos_token" not in self.names:
             eos = generation.get("eos_token_id")
             eos = eos[0] if isinstance(eos, list) and eos else eos
@@ -99,23 +102,22 @@ class HuggingFace:
         self.control_ids = {symbol: ids[symbol] for symbol in symbols}
 
         self.chat_template = beside.get(CHAT_FILE, b"").decode("utf-8")
-        more = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
-        more = more.values() if isinstance(more, dict) else more
-        named = {*self.names.values(), *map(_text, more)}
 
         def is_marker(text: str) -> bool:
             # Turns of some models are written with tokens that the file does not call special.
             is_known = bool(text.strip()) and text in self.chat_template
-            return text in added and (is_known or bool(files.BRACKETED.fullmatch(text)))
+            return is_known or bool(files.BRACKETED.fullmatch(text))
 
-        hidden = {text for text, token in added.items() if token["special"]}
-        hidden |= {text for text in named & ids.keys() if text in added or files.BRACKETED.fullmatch(text)}
+        hidden = {text for text, token in added.items() if token["special"] or text in named}
         unspellable = hidden | {text for text in added if is_marker(text)}
         self._hidden = frozenset(ids[text] for text in hidden)
         unk = ids.get(_text(table["model"].get("unk_token")))
         if table["model"]["type"] == "Unigram":
             unk = table["model"].get("unk_id")
-        self.special_ids = frozenset(ids[text] for text in unspellable) - {unk}
+        # Unknown letters give `<unk>`; where that is the EOS as well, they give nothing.
+        roles_of_rows = {self.bos_id, self.eos_id, self.pad_id}
+        self.special_ids = frozenset(ids[text] for text in unspellable) - ({unk} - roles_of_rows)
+        self._drops_unknown = unk in self.special_ids
         made = repr((self.bos_id, self.eos_id, self.pad_id, sorted(unspellable)))
         canonical = json.dumps(table, sort_keys=True, ensure_ascii=False)
         self.digest = hashlib.sha256((canonical + made).encode("utf-8", "surrogatepass")).hexdigest()
@@ -131,7 +133,8 @@ class HuggingFace:
         self._plain = _build(_renamed(table, self._secrets), name)
 
     def encode(self, text: str) -> list[int]:
-        return self._plain.encode(text, add_special_tokens=False).ids
+        ids = self._plain.encode(text, add_special_tokens=False).ids
+        return [i for i in ids if i not in self.special_ids] if self._drops_unknown else ids
 
     def encode_markup(self, text: str) -> list[int]:
         return self._whole.encode(text, add_special_tokens=False).ids
@@ -189,7 +192,7 @@ def _vocab(table: dict[str, Any]) -> dict[str, int]:
     return dict(vocab) if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
 
 
-def _complete(table: dict, settings: dict, symbols: Sequence[str], name: str) -> dict:
+def _complete(table: dict, settings: dict, named: set[str], symbols: Sequence[str], name: str) -> dict:
     """The table with the tokens that only tokenizer_config.json adds, and with our symbols; it never cuts nor pads."""
     table = table | {"truncation": None, "padding": None, "added_tokens": [*table.get("added_tokens", [])]}
     added = table["added_tokens"]
@@ -200,6 +203,10 @@ def _complete(table: dict, settings: dict, symbols: Sequence[str], name: str) ->
     for i, token in more:
         if token["content"] not in known and vocab.get(token["content"], i) == i:
             added.append(usual | token | {"id": i})
+            known.add(token["content"])
+    # A role such as PAD may be given to any piece; only what looks like a marker is one.
+    lacking = sorted(text for text in named & vocab.keys() - known if files.BRACKETED.fullmatch(text))
+    added += [usual | {"id": vocab[text], "content": text, "special": True} for text in lacking]
     next_id = 1 + max([*vocab.values(), *(token["id"] for token in added)])
     for symbol in symbols:
         here = [at for at, token in enumerate(added) if token["content"] == symbol]
