@@ -326,6 +326,7 @@ def _shortened(text: str) -> str:
 
 def prepare(config: Any, folder: Path) -> tuple[Context, dict[str, Any]]:
     """Runs the data stage of a config in an empty folder; what it prints is shown where it fails."""
+    SYSTEMS[type(config)].check(config, {"data"})
     context, printed = Context(config, Workdir(folder, config), None), io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):
@@ -376,7 +377,9 @@ def main(argv: list[str]) -> None:
         if _CONFIG.value is None and not _WORKDIR.value:
             raise ValueError("name --config=FILE, or --workdir=FOLDER of a run")
         values = _CONFIG.value
-        config = None if values is None else config_lib.from_config_dict(config_lib.class_of(values), values)
+        config = None
+        if values is not None:
+            config = common.of_checkpoint(config_lib.from_config_dict(config_lib.class_of(values), values))
         if _WORKDIR.value:
             context, record = open_data(_WORKDIR.value, config)
             inspect(context, record, _ROWS.value, _FULL.value, _JSON.value)

@@ -36,6 +36,7 @@ def main(argv: list[str]) -> None:
     again = ", without --redo," if _REDO.value else ""  # which would delete what was just trained
     with cli.one_line_errors(f"the same command{again} goes on from the last checkpoint in {workdir}"):
         config = config_lib.from_config_dict(config_lib.class_of(_CONFIG.value), _CONFIG.value)
+        config = common.of_checkpoint(config)
         system, evaluate = SYSTEMS[type(config)]
         tables = workdir / "tables.txt"
         written = tables.stat().st_mtime_ns if tables.exists() else 0

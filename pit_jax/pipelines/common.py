@@ -32,6 +32,7 @@ from pit_jax.data.chat import Chat
 from pit_jax.files import read_json, write_json_atomic, write_text_atomic
 from pit_jax.learners import loop, reward_model, sft
 from pit_jax.metrics import MetricsWriter
+from pit_jax.models import hf
 from pit_jax.models.transformer import ScalarModel, Transformer
 from pit_jax.pipelines.stages import FREE_FIELDS, Candidates, Workdir, run_stage
 from pit_jax.types import Params, PreferenceExample, Rollout
@@ -269,7 +270,17 @@ def shapes(module: Transformer | ScalarModel) -> Params:
 
 
 def sized(config: ModelConfig, encoder: encode.Encoder) -> ModelConfig:
-    """The sizes with the vocabulary that the tokenizer really has, rounded up for the matrix units."""
+    """The sizes with the vocabulary that the tokenizer really has, rounded up for the matrix units.
+
+    Models whose tables are given (`num_tokens`) keep them.
+    """
+    if config.num_tokens:
+        if encoder.tokenizer.vocab_size > config.num_tokens:
+            raise ValueError(
+                f"the tokenizer has {encoder.tokenizer.vocab_size} ids with the control symbols, but the model has "
+                f"{config.num_tokens}: leave config.tokenizer.path empty, and that of the checkpoint is taken"
+            )
+        return config
     return dataclasses.replace(config, vocab_size=batches.round_up(encoder.tokenizer.vocab_size, 128))
 
 
@@ -380,14 +391,89 @@ def pretrain_stage(context: Context, stage: str, sizes: ModelConfig) -> dict:
     return likelihood_stage(context, stage, sizes, settings, rows, start, loss_on_prompt=settings.loss_on_prompt)
 
 
+def starts_from(config: Any) -> tuple[str, str]:
+    """(field, value) of the checkpoint that a run starts from; the value is empty where it starts from nothing."""
+    base = getattr(config, "base", "")
+    return ("base", base) if base else ("pretrain.checkpoint", config.pretrain.checkpoint)
+
+
+def find_checkpoint(config: Any) -> tuple[Path, int]:
+    """Folder and step of the checkpoint that a run starts from.
+
+    Raises:
+      ValueError: where there is none.
+    """
+    field, path = starts_from(config)
+    step = checkpoint.latest_step(Path(path))
+    if step is None:
+        raise ValueError(
+            f"config.{field}={path!r} holds no checkpoint of pit_jax: name a RUN/models/STAGE, or what `python -m "
+            "pit_jax.convert --from=hf` has made of a model of Hugging Face"
+        )
+    return Path(path), step
+
+
+def check_start(config: Any) -> None:
+    """Raises ValueError where the checkpoint that a run starts from is not there, or reads ids of another tokenizer."""
+    field, path = starts_from(config)
+    if not path:
+        return
+    find_checkpoint(config)
+    ours, theirs = config.tokenizer.path, tokenizer_of(path)
+    if not ours and not theirs:
+        raise ValueError(
+            f"config.{field}={path!r} has no tokenizer in it or in its run: set --config.tokenizer.path to that of the "
+            "model"
+        )
+    if ours and theirs and tokenizer_lib.load(ours).digest != tokenizer_lib.load(theirs).digest:
+        raise ValueError(
+            f"config.{field}={path!r} has learnt ids of {theirs}, not of config.tokenizer.path={ours!r}: leave the "
+            "latter out"
+        )
+
+
+FREE_SIZES = ("vocab_size", "num_tokens", "dtype", "remat", "copy_init")
+"""What a config may say otherwise than the converted model that a run starts from; the first two are the model's."""
+
+
+def of_checkpoint(config: Any) -> Any:
+    """The config with the vocabulary of the converted model that it starts from, where it names one.
+
+    Raises:
+      ValueError: where the config has other sizes than that model.
+    """
+    field, path = starts_from(config)
+    if not path or not (Path(path) / hf.DESCRIPTION).is_file():
+        return config
+    found = hf.read_description(path)
+    if found.kind != "language_model":
+        raise ValueError(f"config.{field}={path} is a {found.kind.replace('_', ' ')}: name a language model")
+    theirs, changed = dataclasses.asdict(found.config), {}
+    for name in ("policy_model", "pit_model", "reward_model"):
+        if not hasattr(config, name):
+            continue
+        ours = getattr(config, name)
+        lines = [
+            f"config.{name}.{key} is {value!r}, but must be {theirs[key]!r}"
+            for key, value in dataclasses.asdict(ours).items()
+            if key not in FREE_SIZES and value != theirs[key]
+        ]
+        if lines:
+            raise ValueError(
+                f"config.{field}={path} is a model of other sizes: {'; '.join(lines)}. "
+                f"--config=configs/pit_smollm.py:{path} takes the sizes of any converted model"
+            )
+        changed[name] = dataclasses.replace(
+            ours, vocab_size=found.config.vocab_size, num_tokens=found.config.num_tokens
+        )
+    return dataclasses.replace(config, **changed)
+
+
 def load_pretrained(context: Context, sizes: ModelConfig) -> Params:
     """M_pre of a size: of this run's pretrain stage, or of config.pretrain.checkpoint."""
     like = shapes(Transformer(sized(sizes, context.encoder)))
     if context.config.pretrain.checkpoint:
-        path = Path(context.config.pretrain.checkpoint)
-        if checkpoint.latest_step(path) is None:
-            raise ValueError(f"config.pretrain.checkpoint={path} holds no checkpoint: name a models/pretrain")
-        return checkpoint.restore(path, checkpoint.latest_step(path), like)
+        return checkpoint.restore(*find_checkpoint(context.config), like)
     stage = {sizes: stage for stage, sizes in pretrained_models(context.config)}[sizes]
     return context.workdir.load_model(stage, like)
 

@@ -512,7 +512,9 @@ def stage_functions(context: Context) -> dict[str, Callable[[], dict]]:
 
 
 def check(config: PitConfig, todo: set[str]) -> None:
-    """What must hold before anything is trained: refinements of SRT are there."""
+    """What must hold before anything is trained: the checkpoint to start from, and refinements of SRT, are there."""
+    if todo - {"evaluate"}:
+        common.check_start(config)
     if any(source == "srt" and f"rl_pit_{i}" in todo for i, source in enumerate(config.curriculum, 1)):
         refinement_files(config.srt_workdir)
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from pit_jax import checkpoint, optimizers, train_state
 from pit_jax.config import FeedbackConfig, SamplingConfig, SrtConfig
-from pit_jax.data import batches, feedback as feedback_lib, pairs, synthetic_critic, tokenizer as tokenizer_lib
+from pit_jax.data import batches, feedback as feedback_lib, pairs, synthetic_critic
 from pit_jax.data.feedback import MAX_SCORE, PARTS, Feedback, Form
 from pit_jax.data.sources import DataError
 from pit_jax.data.verifier import verify
@@ -332,38 +332,8 @@ def base_stage(context: Context) -> dict:
     if not config.base:
         return common.sft_policy_stage(context, "sft_policy", config.sft_policy)
     like = common.shapes(common.model_of(context, "sft_policy"))
-    context.workdir.save_model("sft_policy", checkpoint.restore(*_checkpoint(config.base), like))
+    context.workdir.save_model("sft_policy", checkpoint.restore(*common.find_checkpoint(config), like))
     return {"steps": 0, "from": config.base}
-
-
-def _check_tokenizer(config: SrtConfig) -> None:
-    """Raises ValueError where M_base would read ids of a tokenizer that it has not learnt."""
-    ours, theirs = config.tokenizer.path, common.tokenizer_of(config.base)
-    if not ours and not theirs:
-        raise ValueError(
-            f"config.base={config.base!r} has no tokenizer in it or in its run: set --config.tokenizer.path to that of "
-            "M_base"
-        )
-    if ours and theirs and tokenizer_lib.load(ours).digest != tokenizer_lib.load(theirs).digest:
-        raise ValueError(
-            f"config.base={config.base!r} has learnt ids of {theirs}, not of config.tokenizer.path={ours!r}: leave the "
-            "latter out"
-        )
-
-
-def _checkpoint(base: str) -> tuple[Path, int]:
-    """Folder and step of config.base.
-
-    Raises:
-      ValueError: where there is none.
-    """
-    step = checkpoint.latest_step(Path(base))
-    if step is None:
-        raise ValueError(
-            f"config.base={base!r} holds no checkpoint of pit_jax: set --config.base=RUN/models/STAGE, or what "
-            "`python -m pit_jax.convert --from=hf` has made of a model of Hugging Face."
-        )
-    return Path(base), step
 
 
 def chosen_prompts(context: Context, fold: str, settings: FeedbackConfig, part: int = 0, parts: int = 1) -> list[int]:
@@ -608,9 +578,8 @@ def dpo_stage(context: Context, number: int) -> dict:
 
 def check(config: SrtConfig, todo: set[str]) -> None:
     """What must hold before anything is trained: M_base is there, the critic answers, its template can be read."""
-    if config.base and todo & {"data", "sft_policy"}:
-        _checkpoint(config.base)
-        _check_tokenizer(config)
+    if todo & {"data", "sft_policy"}:
+        common.check_start(config)
     asking = {"critic_feedback": config.critic_feedback}
     asking |= {f"self_feedback_{i}": config.self_feedback for i in range(1, config.num_rounds + 1)}
     for folder in {settings.gap_workdir for stage, settings in asking.items() if stage in todo} - {""}:
