@@ -60,7 +60,9 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["pit_jax", "pit_jax.*"]),
-    package_data={"pit_jax": ["data/templates/*.txt", "evaluation/prompts/*.txt", "evaluation/*.html"]},
+    package_data={
+        "pit_jax": ["data/templates/*.txt", "pipelines/prompts/*.txt", "evaluation/prompts/*.txt", "evaluation/*.html"]
+    },
     install_requires=REQUIRES,
     extras_require=EXTRAS,
 )

@@ -149,7 +149,7 @@ class Usage(NamedTuple):
 
 
 def complete(
-    config: ClientConfig, requests: Sequence[Messages], *, description: str = ""
+    config: ClientConfig, requests: Sequence[Messages], *, description: str = "", leave: bool = True
 ) -> tuple[list[Completion], Usage]:
     """Asks all requests and returns the replies in their order.
 
@@ -160,6 +160,7 @@ def complete(
       config: the server, the model and how to ask it.
       requests: [n] chats.
       description: the name beside the progress bar; by default the model's.
+      leave: False: a bar that is full makes room for the next, which then stands in the same line.
 
     Returns:
       [n] completions, and what they took.
@@ -180,7 +181,7 @@ def complete(
     todo = {key: body for key, body in distinct.items() if key not in kept}
     retries = 0
     if todo:
-        replies, retries = _ask_all(config, todo, path, description or config.model, bool(kept))
+        replies, retries = _ask_all(config, todo, path, description or config.model, bool(kept), leave)
         found |= replies
     completions = found.values()
     cached = [c for c in completions if c.cached]
@@ -314,7 +315,12 @@ def _repair(file: BinaryIO) -> None:
 
 
 def _ask_all(
-    config: ClientConfig, todo: dict[str, dict[str, Any]], path: Path | None, description: str, answered: bool
+    config: ClientConfig,
+    todo: dict[str, dict[str, Any]],
+    path: Path | None,
+    description: str,
+    answered: bool,
+    leave: bool,
 ) -> tuple[dict[str, Completion], int]:
     """Replies by key, and the number of retries; `answered`: requests have been answered before (the cache)."""
     try:
@@ -362,7 +368,7 @@ def _ask_all(
             http_client=openai.DefaultAsyncHttpxClient(event_hooks={"request": [count]}),
         )
         queue = iter(todo.items())
-        with tqdm(total=len(todo), desc=description, unit="call", disable=None) as bar:
+        with tqdm(total=len(todo), desc=description, unit="call", disable=None, leave=leave) as bar:
             async with client, asyncio.TaskGroup() as group:
                 for _ in range(min(config.max_in_flight, len(todo))):
                     group.create_task(work(client, queue, bar))

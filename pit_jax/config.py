@@ -512,6 +512,51 @@ class SrtConfig:
 NO_VERIFIER = "critic.kind=verifier knows the synthetic task only: set --config.critic.kind=server"
 
 
+@dataclasses.dataclass(frozen=True)
+class SynthesisConfig:
+    """Preference rows written by a language model behind an OpenAI-compatible server (PIT appendix D).
+
+    The paper states the steps and 13K rows; all other values are ours.
+    """
+
+    name: str = "synthesize"
+    seed: int = 0  # of the draws of tasks, subjects and requirements
+    base_url: str = ""  # of the server; the key is in api_key_env
+    model: str = ""
+    api_key_env: str = "OPENAI_API_KEY"
+    num_rows: int = 13_000  # may be raised on a finished folder
+    max_candidates: int = 0  # rows that are begun, at most; 0: four for each row that is wanted
+    min_requirements: int = 2  # of the first question, "several"
+    max_requirements: int = 3
+    min_added: int = 1  # what is then added to it, "a few more"
+    max_added: int = 2
+    show_rejected: bool = True  # the model sees y_l when it writes y_w, as the paper's example suggests
+    temperature: float = 1.0  # of questions, answers and reflections; below 0: not sent
+    verify_temperature: float = 0.0  # of the self-verification; below 0: not sent
+    max_tokens: int = 2048  # 0: not sent
+    extra: str = ""  # a JSON object of further request fields
+    max_in_flight: int = 32
+    timeout_s: float = 120.0
+    num_retries: int = 6  # of a request that failed
+    num_attempts: int = 3  # how often a reply is asked for that did not come or cannot be used
+    prompts: str = ""  # a folder whose files replace those of pit_jax/pipelines/prompts
+    labels: str = ""  # rows {"prompt", "response", "label"} that the classifier learns from; empty: no classifier
+    min_quality: float = 0.5  # rows that the classifier finds good with a smaller probability are dropped
+    held_out: float = 0.2  # share of the labelled rows that its accuracy is measured on
+    prompt_price: float = 0.0  # of a million tokens, for the cost; 0 and 0: tokens alone are shown
+    completion_price: float = 0.0
+
+    def __post_init__(self):
+        _positive(self, "num_rows", "min_requirements", "min_added", "max_in_flight", "timeout_s", "num_attempts")
+        for low, high in (("min_requirements", "max_requirements"), ("min_added", "max_added")):
+            a, b = getattr(self, low), getattr(self, high)
+            _check(a <= b, f"{low}={a} must not be above {high}={b}")
+        for name in ("seed", "max_candidates", "max_tokens", "num_retries", "prompt_price", "completion_price"):
+            _check(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: not below 0")
+        _check(0 <= self.min_quality <= 1, f"min_quality={self.min_quality}: from 0 to 1")
+        _check(0 < self.held_out < 1, f"held_out={self.held_out} must be between 0 and 1")
+
+
 def class_of(config: ml_collections.ConfigDict | dict) -> type:
     """The dataclass of a whole config, by its fields."""
     return SrtConfig if "critic" in config else PitConfig

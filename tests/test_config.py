@@ -13,15 +13,17 @@ from pit_jax import config as c
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 VARIANTS = {"pit_llama2": ["7b", "13b"], "pit_smollm": ["135m", "360m"], "pit_hh_rlhf": ["small", "smoke"]}
 VARIANTS |= {"pit_synthetic": ["", "smoke"], "srt_synthetic": ["", "smoke"], "srt_tulu2": ["7b", "13b", "70b"]}
+VARIANTS |= {"synthesize": ["", "smoke"]}
 
 
 @pytest.mark.parametrize(("path", "variant"), [(path, v) for path in FILES for v in VARIANTS.get(path.stem, ["smoke"])])
 def test_every_config_instantiates(path, variant):
     get_config = runpy.run_path(str(path))["get_config"]
     found = get_config() if variant is None else get_config(variant)
-    config = c.from_config_dict(c.class_of(found), found)
-    learner = config.dpo.optimizer if path.stem.startswith("srt") else config.ppo.policy_optimizer
-    assert isinstance(learner, c.OptimizerConfig)
+    config = c.from_config_dict(c.SynthesisConfig if path.stem == "synthesize" else c.class_of(found), found)
+    if path.stem != "synthesize":
+        learner = config.dpo.optimizer if path.stem.startswith("srt") else config.ppo.policy_optimizer
+        assert isinstance(learner, c.OptimizerConfig)
     assert config.name == path.stem + (f":{variant}" if variant else "")
     if inspect.signature(get_config).parameters:
         with pytest.raises(ValueError, match=f"configs/{path.name} has no variant 'smok'"):
@@ -119,6 +121,11 @@ def test_a_tuple_from_a_comma_string(text, expected):
         (lambda: c.DataConfig(size=-5), "size=-5 must be above 0"),
         (lambda: c.OptimizerConfig(learning_rate=-1.0), "learning_rate=-1.0 must be above 0"),
         (lambda: c.EvaluationConfig(num_iterations=0), "num_iterations=0 must be above 0"),
+        (lambda: c.SynthesisConfig(min_added=3), "min_added=3 must not be above max_added=2"),
+        (lambda: c.SynthesisConfig(num_attempts=0), "num_attempts=0 must be above 0"),
+        (lambda: c.SynthesisConfig(num_retries=-1), "num_retries=-1: not below 0"),
+        (lambda: c.SynthesisConfig(min_quality=1.5), "min_quality=1.5: from 0 to 1"),
+        (lambda: c.SynthesisConfig(held_out=1.0), "held_out=1.0 must be between 0 and 1"),
     ],
 )
 def test_a_value_out_of_range_says_what_to_use(make, message):

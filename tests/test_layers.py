@@ -9,7 +9,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = "pit_jax"
 
-COMMAND_LINE = {"train", "improve", "evaluate", "plan", "convert", "inspect_data", "bench"}
+COMMAND_LINE = {"train", "improve", "evaluate", "plan", "convert", "inspect_data", "bench", "synthesize"}
 LAYERS = (
     {"config", "types", "sharding", "client", "files"},
     {"data"},

@@ -187,18 +187,20 @@ def number(score: float) -> str:
 
 
 def critic_prompt(template: str, prompt: str, response: str) -> str:
-    """The text that a language model is asked with.
+    """The text that a language model is asked with, see `fill_quoted`."""
+    return fill_quoted(template, prompt=prompt.strip(), response=response)
+
+
+def fill_quoted(template: str, **fields: str) -> str:
+    """A template for a language model with its fields.
 
     Fields are filled in one pass, so a field name in a text stays text. A line of a text that reads like a heading of
     the template gets "> " before it, so that no answer can end its section and write the next.
     """
     headings = {_letters(line) for line in template.splitlines() if line.startswith("#")}
     quote = lambda line: f"> {line}" if line.lstrip().startswith("#") and _letters(line) in headings else line  # noqa: E731
-    texts = {
-        name: "".join(map(quote, text.splitlines(keepends=True)))
-        for name, text in {"prompt": prompt.strip(), "response": response}.items()
-    }
-    return re.sub(r"\{(prompt|response)\}", lambda match: texts[match[1]], template)
+    texts = {name: "".join(map(quote, text.splitlines(keepends=True))) for name, text in fields.items()}
+    return re.sub(rf"\{{({'|'.join(fields)})\}}", lambda match: texts[match[1]], template)
 
 
 def load_template(name: str, folder: str | Path = "") -> str:

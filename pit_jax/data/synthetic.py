@@ -301,7 +301,7 @@ def _size(text: str) -> tuple[float, float]:
     return len(text) / 10, len(text.split())
 
 
-def _fit_logistic(x: np.ndarray, y: np.ndarray, steps: int = 300, penalty: float = 1e-4) -> np.ndarray:
+def fit_logistic(x: np.ndarray, y: np.ndarray, steps: int = 300, penalty: float = 1e-4) -> np.ndarray:
     """Weights [F] of a logistic regression without intercept, x [B, F], y [B] in {-1, 1}, by full-batch Adam."""
     w, m, v = (np.zeros(x.shape[1], np.float32) for _ in range(3))
     for step in range(1, steps + 1):
@@ -353,6 +353,6 @@ def surface_baselines(
     (train_x, train_y), (test_x, test_y) = features(train_rows, True), features(test_rows, False)
     out = {}
     for name in train_x:
-        margin = test_y * (test_x[name] @ _fit_logistic(train_x[name], train_y))
+        margin = test_y * (test_x[name] @ fit_logistic(train_x[name], train_y))
         out[name] = float(np.mean((margin > 0) + 0.5 * (margin == 0)))
     return out
