@@ -410,23 +410,20 @@ class Server:
         self.config, self.calls = config, calls
         self._lost = 0
 
-    def settings(self, temperature: float, cache: str, **other: Any) -> client.ClientConfig:
+    def settings(self, temperature: float, cache: str) -> client.ClientConfig:
         """How it is asked."""
         c = self.config
         return client.ClientConfig(
-            **{
-                "base_url": c.base_url,
-                "model": c.model,
-                "temperature": None if temperature < 0 else temperature,
-                "max_tokens": c.max_tokens or None,
-                "extra": c.extra,
-                "max_in_flight": c.max_in_flight,
-                "num_retries": c.num_retries,
-                "timeout_s": c.timeout_s,
-                "cache": cache,
-                "api_key_env": c.api_key_env,
-            }
-            | other
+            base_url=c.base_url,
+            model=c.model,
+            temperature=None if temperature < 0 else temperature,
+            max_tokens=c.max_tokens or None,
+            extra=c.extra,
+            max_in_flight=c.max_in_flight,
+            num_retries=c.num_retries,
+            timeout_s=c.timeout_s,
+            cache=cache,
+            api_key_env=c.api_key_env,
         )
 
     def check(self) -> None:
@@ -437,14 +434,16 @@ class Server:
         """
         c = self.config
         for temperature in dict.fromkeys((c.temperature, c.verify_temperature)):
-            other = {"num_retries": min(c.num_retries, 4), "timeout_s": min(c.timeout_s, 30.0)}
-            settings = self.settings(temperature, "", **other)
+            # A few retries, as a server may be busy; half a minute each, as one that hangs is to be known soon.
+            quick = {"num_retries": min(c.num_retries, 4), "timeout_s": min(c.timeout_s, 30.0)}
+            settings = dataclasses.replace(self.settings(temperature, ""), **quick)
+            chats = [[{"role": "user", "content": "Say yes."}]]
             try:
-                (said,), _ = client.complete(
-                    settings, [[{"role": "user", "content": "Say yes."}]], description="server", leave=False
-                )
+                (said,), _ = client.complete(settings, chats, description="server", leave=False)
             except client.ApiError as error:
-                raise ValueError(f"{error} (--config.base_url, --config.model)") from None
+                raise ValueError(
+                    f"{error} (--config.base_url, --config.model; temperatures below 0 and max_tokens=0 are not sent)"
+                ) from None
             if said.text is None:
                 raise ValueError(
                     f"the server {c.base_url} gives no answer ({said.error}): start it, wait, or set --config.base_url"
@@ -477,14 +476,17 @@ class Server:
                 if pause is not None:
                     time.sleep(pause)
         self.check()
-        # It answers other requests, so that it refuses some of these and not all.
-        return [self._alone(settings, chat) for chat in chats]
+        return self._halves(settings, chats, description)  # it answers others: it refuses some of these and not all
 
-    def _alone(self, settings: client.ClientConfig, chat: list) -> client.Completion:
+    def _halves(self, settings: client.ClientConfig, chats: list, description: str) -> list[client.Completion]:
+        """Finds the requests that are refused, at which the client stops all that is under way."""
         try:
-            return client.complete(settings, [chat], leave=False)[0][0]
+            return client.complete(settings, chats, description=description, leave=False)[0]
         except client.ApiError as error:
-            return client.Completion(None, str(error))
+            if len(chats) == 1:
+                return [client.Completion(None, str(error))]
+        half = len(chats) // 2
+        return [x for part in (chats[:half], chats[half:]) for x in self._halves(settings, part, description)]
 
     def spent(self) -> tuple[int, int, int]:
         """Calls, prompt tokens and completion tokens of all replies that are kept."""
@@ -589,7 +591,7 @@ def run(config: SynthesisConfig, output: Path) -> dict[str, Any]:
             # What was dropped and why is wanted most where something went wrong.
             summary = _write(config, output, journal, server, classifier, paid, finished)
             if not finished:
-                print(describe(summary, output), file=sys.stderr)
+                print(f"{describe(summary, output)}\nthe same command goes on from there", file=sys.stderr)
     if not summary["rows"]:
         raise ValueError(f"none of {summary['candidates']} candidates became a row: {_listed(summary['dropped'])}")
     return summary
@@ -693,7 +695,7 @@ def describe(summary: dict[str, Any], output: Path) -> str:
     if s["dropped"]:
         lines.append(f"dropped: {_listed(s['dropped'])}")
     if s["unusable_replies"]:
-        lines.append(f"replies that could not be used, each asked for again: {_listed(s['unusable_replies'])}")
+        lines.append(f"replies of no use, asked for again up to num_attempts: {_listed(s['unusable_replies'])}")
     if s["classifier"]:
         c = s["classifier"]
         lines.append(
