@@ -535,7 +535,7 @@ class SynthesisConfig:
     verify_temperature: float = 0.0  # of the self-verification; below 0: not sent
     max_tokens: int = 2048  # 0: not sent
     extra: str = ""  # a JSON object of further request fields
-    max_in_flight: int = 32
+    max_in_flight: int = 32  # 256 at most: so many candidates are under way together
     timeout_s: float = 120.0
     num_retries: int = 6  # of a request that failed
     num_attempts: int = 3  # how often a reply is asked for that did not come or cannot be used

@@ -461,6 +461,8 @@ def test_the_classifier_drops_rows(tmp_path):
     kept = [r["prompt"] for r in records_of(output)[1] if found[r["candidate"]] >= 0.5]
     assert kept == [row["prompt"] for row in rows_of(output)]
     assert "accuracy 1.000 on 12 held-out rows (always the same label: 0.500)" in synthesize.describe(summary, output)
+    summary["classifier"]["accuracy"] = 0.5
+    assert "no better than that: label more rows" in synthesize.describe(summary, output)
     lenient = synthesize.run(config_of(server, labels=str(labels), min_quality=0.0), output)  # asks nothing
     assert (lenient["rows"], lenient["dropped"]) == (6, {synthesize.NOT_NEEDED: 2})
 

@@ -702,6 +702,8 @@ def describe(summary: dict[str, Any], output: Path) -> str:
             f"classifier: accuracy {c['accuracy']:.3f} on {c['num_held_out']} held-out rows (always the same label: "
             f"{c['majority']:.3f}), learnt from {c['num_train']}"
         )
+        if c["accuracy"] <= c["majority"]:
+            lines.append("it is no better than that: label more rows, above all bad ones")
     cost = "" if s["cost"] is None else f"; {s['cost']:,.2f} at the prices of the config"
     tokens = f"{s['prompt_tokens']:,} prompt and {s['completion_tokens']:,} completion tokens"
     lines.append(f"{s['calls']:,} calls, {s['calls_now']:,} of them now; {tokens}{cost}")
