@@ -118,8 +118,8 @@ class DataConfig:
     source: str = "synthetic"  # synthetic, file, or a published set that is downloaded: hh_rlhf, summarize
     path: str = ""  # source=file: a file or folder (.jsonl, .json, .gz, .xz, .parquet)
     format: str = "auto"  # source=file: auto, jsonl, hh_rlhf, summarize, tldr, columns
-    columns: tuple[str, ...] = ()  # format=columns: names of columns, as prompt:instruction, chosen:good, rejected:bad
-    mixture: tuple[str, ...] = ()  # source=file, in place of path: [FORMAT@]PATH[:WEIGHT], weights: shares of the rows
+    columns: str = ""  # format=columns: names of columns, as prompt:instruction,chosen:good,rejected:bad
+    mixture: str = ""  # source=file, in place of path: [FORMAT@]PATH[:WEIGHT],.. with weights as shares of the rows
     num_rows: int = 0  # source=file: rows that are taken, by a hash of their texts; 0: as many as there can be
     size: int = 13_000  # source=synthetic: rows over the three folds (13K in the paper, section 4.1)
     num_selection: int = 128  # held-out rows on which checkpoints are chosen (appendix F)

@@ -252,18 +252,20 @@ def test_srt_forms_are_those_of_its_stages(tmp_path):
 
 
 def test_the_command(tmp_path):
-    path = write(tmp_path / "a.jsonl", [dataclasses.asdict(r) for r in ROWS])
-    flags = [f"--config.data.path={path}", "--config.data.format=auto", "--config.data.num_test=6"]
+    rows = [{"q": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in ROWS]
+    one, two = write(tmp_path / "a.jsonl", rows[:20]), write(tmp_path / "b.jsonl", rows[10:])
+    flags = [f"--config.data.mixture=columns@{one}:1.0,columns@{two}:0.5", "--config.data.num_test=6"]
+    flags += ["--config.data.columns=prompt:q,chosen:chosen"]
     flags += ["--config.data.num_selection=4", "--rows=2", f"--json={tmp_path / 'facts.json'}"]
     done = commands.run("-m", "pit_jax.inspect_data", "--config=configs/pit_hh_rlhf.py:smoke", *flags)
     assert done.returncode == 0, done.stderr[-2000:]
     facts = json.loads((tmp_path / "facts.json").read_text("utf-8"))
-    assert facts["rows"] == {"sft": 7, "rm": 7, "rl": 6, "selection": 4, "test": 6, "pretrain": 0}
+    assert sum(facts["rows"].values()) == 30 and [part["taken"] for part in facts["sources"]] == [20, 10]
     stages = [form["stage"].split(",")[0].split(":")[0] for form in facts["forms"]]
     assert stages == [s for s, n in (("pretrain", 2), ("sft_policy", 2), ("sft_pit", 2), ("r_p", 4), ("r_pit", 8))
                       for _ in range(n)]  # fmt: skip
     assert done.stdout.count("⟦<<EOS>>⟧") == 12 and "[r_pit: R_PIT, r(x, y_l, y_w)] row 1, " in done.stdout
-    assert "30 rows read, 30 taken" in done.stdout
+    assert f"  {two} (columns): 20 rows read, 10 taken\n" in done.stdout
 
 
 def test_a_mistake_ends_in_one_line():

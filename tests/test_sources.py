@@ -323,7 +323,7 @@ def plain(i: int, ending: str = "") -> dict:
 
 
 def mixture(*parts: str, **fields) -> DataConfig:
-    return DataConfig(source="file", mixture=tuple(map(str, parts)), **fields)
+    return DataConfig(source="file", mixture=",".join(map(str, parts)), **fields)
 
 
 def test_parts_of_a_mixture():
@@ -415,7 +415,7 @@ def test_parts_that_do_not_go_together(tmp_path):
     c = write(tmp_path / "c.jsonl", {"prompt": "p"})
     assert "requirements must be in all parts or in none" in error_of(sources.read_config, mixture(a, b), 0)
     assert "answers must be in all parts" in error_of(sources.read_config, mixture(a, c), 0, answers=False)
-    columns = {"columns": ("chosen:good",)}
+    columns = {"columns": "chosen:good"}
     assert "named columns@PATH" in error_of(sources.read_config, mixture(a, **columns), 0)
     d = write(tmp_path / "d.jsonl", {"prompt": "p", "good": "w", "rejected": "l"})
     rows = sources.read_config(mixture(a, f"columns@{d}", **columns), 0)[0]

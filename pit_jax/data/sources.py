@@ -363,8 +363,9 @@ def read_config(config: DataConfig, seed: int, *, answers: bool = True) -> tuple
     Raises:
       DataError: where something cannot be read, or the parts do not go together.
     """
-    names = column_names(config.columns)
-    parts = mixture_parts(config.mixture) or [Part(config.path, config.format, Fraction(1))]
+    listed = lambda text: [part.strip() for part in text.split(",") if part.strip()]  # noqa: E731
+    names = column_names(listed(config.columns))
+    parts = mixture_parts(listed(config.mixture)) or [Part(config.path, config.format, Fraction(1))]
     if names and config.mixture and not any(part.format == "columns" for part in parts):
         raise DataError("config.data.columns is for the parts of config.data.mixture that are named columns@PATH")
     found, report = [], []
