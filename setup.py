@@ -45,6 +45,8 @@ EXTRAS = {
         "scikit-learn>=1.5,<2",
         "openai>=3,<4",
         "matplotlib>=3.9,<4",
+        "pyarrow>=18",
+        *("safetensors>=0.5,<1", "tokenizers>=0.22,<0.24", "jinja2>=3.1,<4"),
         # The TPU compiler, for tests without a TPU. jax[tpu] wants another version: the two extras exclude each other.
         "libtpu==0.0.51; platform_system == 'Linux' and platform_machine == 'x86_64'",
     ],

@@ -24,9 +24,9 @@ from pit_jax.models.presets import PRESETS
 
 def get_config(variant: str = "135m") -> ml_collections.ConfigDict:
     """`variant`: 135m, 360m, or the folder of a converted checkpoint."""
-    checkpoint = "set --config.pretrain.checkpoint=CHECKPOINT"
+    name, checkpoint = f"pit_smollm:{variant}", "set --config.pretrain.checkpoint=CHECKPOINT"
     if (Path(variant) / hf.DESCRIPTION).is_file():
-        checkpoint, model = variant, hf.read_description(variant).config
+        name, checkpoint, model = "pit_smollm", variant, hf.read_description(variant).config
     elif f"smollm2_{variant}" in PRESETS:
         model = PRESETS[f"smollm2_{variant}"]
     else:
@@ -48,7 +48,7 @@ def get_config(variant: str = "135m") -> ml_collections.ConfigDict:
         chunk_size=128,
     )
     config = c.PitConfig(
-        name="pit_smollm",
+        name=name,
         data=c.DataConfig(source="file", path="set --config.data.path=FOLDER", prompt_window=512, response_window=256),
         policy_model=model,
         pit_model=model,

@@ -34,6 +34,10 @@ ONLY_IN = {
     "torch": {"evaluation"},
     "transformers": {"evaluation"},
     "matplotlib": {"evaluation"},
+    "pyarrow": {"data"},
+    "tokenizers": {"data"},
+    "safetensors": {"models", "convert"},
+    "sklearn": {"evaluation"},
 }
 """Library -> names under the package that may import it; `configs` is the folder of config files."""
 
