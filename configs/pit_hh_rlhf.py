@@ -75,7 +75,7 @@ def smoke(config: c.PitConfig) -> c.PitConfig:
     return r(
         config,
         name="pit_hh_rlhf:smoke",
-        data=r(config.data, num_selection=16, num_test=16),
+        data=r(config.data, num_selection=24, num_test=40),  # short windows of a small vocabulary drop most real rows
         tokenizer=r(config.tokenizer, vocab_size=512),
         policy_model=model,
         pit_model=model,
