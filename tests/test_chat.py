@@ -60,7 +60,7 @@ MESSAGES = {
 
 
 def sentencepiece_folder(folder):
-    more = dict(control_symbols=["<|im_start|>", "<|im_end|>"], user_defined_symbols=["\n", "ab"])
+    more = dict(control_symbols=["<|im_start|>", "<|im_end|>"], user_defined_symbols=["\n"])
     model = sentencepiece_model(pad_id=3, pad_piece="<pad>", **more)
     tokenizer_lib.SentencePiece(model).save(folder)
     return folder

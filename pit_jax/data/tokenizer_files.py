@@ -216,6 +216,9 @@ def sentencepiece_json(model: bytes, bos: str) -> dict | None:
     pieces, spec = pieces_of(model, "tokenizer.model"), spec_of(model)
     if not spec.is_usual or not (spec.is_unigram or spec.is_bpe):
         return None
+    defined = {p.text for p in pieces if p.type == USER_DEFINED and len(p.text) > 1}
+    if spec.is_bpe and defined:
+        return None  # found before any merge, which tokenizer.json does only with a space put before what is behind it
     special = {p.text: i for i, p in enumerate(pieces) if p.type in (CONTROL, UNKNOWN)}
     unk = next(i for i, p in enumerate(pieces) if p.type == UNKNOWN)
     normalizers: list[dict] = []
@@ -267,7 +270,7 @@ def sentencepiece_json(model: bytes, bos: str) -> dict | None:
 
 def _merges(pieces: Sequence[Piece]) -> list[list[str]]:
     """The pairs that give a piece, in the order in which SentencePiece takes them: that of the pieces' scores."""
-    found = {p.text: p.score for p in pieces if p.type in (NORMAL, USER_DEFINED)}
+    found = {p.text: p.score for p in pieces if p.type == NORMAL}
     merges = [
         (-score, text[:i], text[i:])
         for text, score in found.items()
