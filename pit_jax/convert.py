@@ -28,7 +28,8 @@ from absl import app, flags, logging
 
 from pit_jax import checkpoint, cli, sharding
 from pit_jax.config import ModelConfig
-from pit_jax.data import batches
+from pit_jax.data import batches, tokenizer as tokenizer_lib
+from pit_jax.data.tokenizer import Tokenizer
 from pit_jax.files import sync_directory
 from pit_jax.models import hf
 from pit_jax.models.transformer import ScalarModel, Transformer
@@ -172,17 +173,18 @@ def _whole(output: Path) -> Iterator[Path]:
 # -------------------------------------------------------------------------------------------------------------- export
 
 
-def load(source: Path) -> tuple[hf.Description, Params, Path]:
+def load(source: Path) -> tuple[hf.Description, Params, Tokenizer | None]:
     """A checkpoint of ours: CKPT of an import, or RUN/models/STAGE. The mesh must be set.
 
     Returns:
-      (description, parameters, folder with the files of the tokenizer).
+      (description, parameters, tokenizer where there is one).
 
     Raises:
       ValueError: where it is neither.
     """
     if (source / hf.DESCRIPTION).is_file():
-        description, tokenizer = hf.read_description(source), source / "tokenizer"
+        description, folder = hf.read_description(source), source / "tokenizer"
+        tokenizer = None if hf.tokenizer_size(folder) is None else tokenizer_lib.load(folder)
     else:
         description, tokenizer = _of_run(source)
     step = checkpoint.latest_step(source)
@@ -192,7 +194,7 @@ def load(source: Path) -> tuple[hf.Description, Params, Path]:
     return description, checkpoint.restore(source, step, like), tokenizer
 
 
-def _of_run(source: Path) -> tuple[hf.Description, Path]:
+def _of_run(source: Path) -> tuple[hf.Description, Tokenizer]:
     """What RUN/models/STAGE holds, by the run's config and tokenizer."""
     root = source.absolute().parent.parent
     known = source.absolute().parent.name == "models" and (root / "config.json").is_file()
@@ -209,8 +211,9 @@ def _of_run(source: Path) -> tuple[hf.Description, Path]:
     if not config.num_tokens:  # the tables are rounded up
         config = dataclasses.replace(config, num_tokens=tokenizer.vocab_size)
     kind = "reward_model" if isinstance(model, ScalarModel) else "language_model"
-    kept = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-    return hf.Description(kind, "", "float32", config, kept), root / "data"
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    kept = {name: i for name, i in ids.items() if i is not None}
+    return hf.Description(kind, "", "float32", config, kept), tokenizer
 
 
 def export_hf(source: Path, output: Path, dtype: str = "") -> tuple[hf.Description, Params]:
@@ -238,7 +241,10 @@ def export_hf(source: Path, output: Path, dtype: str = "") -> tuple[hf.Descripti
         )
     with _whole(output) as partial:
         family = hf.write(partial, params, description, dtype=dtype)
-        _copy(tokenizer, partial)
+        if tokenizer is not None:
+            tokenizer.save(partial)  # with the control symbols, whose rows the tables have
+        else:
+            print(f"warning: {source} has no tokenizer: {output} gets none", file=sys.stderr)
     return description._replace(family=family), params
 
 

@@ -11,6 +11,7 @@ import commands
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from absl import flags
 from absl.testing import flagsaver
 
@@ -48,12 +49,20 @@ def theirs(tmp_path):
     folder = tmp_path / "theirs"
     params = host_params(Transformer(SIZES))
     hf.write(folder, params, hf.Description("language_model", "qwen2", "bfloat16", SIZES, KEPT))
-    added = [{"id": 289, "content": "<|im_end|>", "special": True}]
-    write(folder / "tokenizer.json", {"model": {"vocab": {f"p{i}": i for i in range(289)}}, "added_tokens": added})
+    write_tokenizer(folder, 290)
     write(folder / "generation_config.json", {"eos_token_id": [2, 7]})
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "merges.bin").write_bytes(b"x")
     return folder
+
+
+def write_tokenizer(folder, num_ids):
+    """A tokenizer.json of words p0, p1, ... and the added token <|im_end|> with the highest id."""
+    words = tokenizers.models.WordLevel({f"p{i}": i for i in range(num_ids - 1)}, unk_token="p0")
+    made = tokenizers.Tokenizer(words)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.add_special_tokens(["<|im_end|>"])
+    made.save(str(folder / "tokenizer.json"))
 
 
 def write(path, content):
@@ -78,7 +87,14 @@ def test_import_and_export_bring_everything_back(theirs, tmp_path, capsys):
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
     values = hf.read_json(tmp_path / "out" / "config.json")
     assert values == hf.read_json(theirs / "config.json") and values["eos_token_id"] == [2, 7]
-    assert hf.read_json(tmp_path / "out" / "tokenizer.json") == hf.read_json(theirs / "tokenizer.json")
+    ours, exported = (tokenizer_lib.load(tmp_path / name) for name in ("ckpt/tokenizer", "out"))
+    assert ours.digest == exported.digest and ours.control_ids == {"<<Candidate>>": 290, "<<Improved>>": 291}
+    table = hf.read_json(tmp_path / "out" / "tokenizer.json")
+    added = [token["content"] for token in table.pop("added_tokens")]
+    assert added == ["<|im_end|>", "<<Candidate>>", "<<Improved>>"], "what a text can not spell is in the file"
+    before = hf.read_json(theirs / "tokenizer.json")
+    assert before.pop("added_tokens")[0]["content"] == "<|im_end|>" and table == before
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
     assert not list(tmp_path.glob("*.partial"))
 
     convert.export_hf(tmp_path / "ckpt", tmp_path / "wide", "float32")
@@ -89,8 +105,7 @@ def test_import_and_export_bring_everything_back(theirs, tmp_path, capsys):
 
 def test_symbols_get_rows_where_the_table_has_none(theirs, tmp_path):
     """299 ids + 2 symbols in a table of 300 rows: one row is added, the mean of the 299."""
-    vocab = {f"p{i}": i for i in range(298)}
-    write(theirs / "tokenizer.json", {"model": {"vocab": vocab}, "added_tokens": [{"id": 298, "content": "x"}]})
+    write_tokenizer(theirs, 299)
     description, params = convert.import_hf(str(theirs), tmp_path / "ckpt")
     assert description.config.num_tokens == 301
     table = np.asarray(params["params"]["embedding"])
@@ -106,7 +121,7 @@ def test_symbols_get_rows_where_the_table_has_none(theirs, tmp_path):
 def test_sizes_of_tokenizers(tmp_path):
     assert hf.tokenizer_size(tmp_path) is None
     model = tokenizer_lib.train(["some words to learn from, and some more"] * 3, 300)
-    size = tokenizer_lib.Tokenizer(model).vocab_size
+    size = tokenizer_lib.SentencePiece(model).vocab_size
     (tmp_path / "tokenizer.model").write_bytes(model)
     assert hf.tokenizer_size(tmp_path) == (size, [])
     write(tmp_path / "added_tokens.json", {"<pad>": size + 4})
@@ -198,7 +213,7 @@ def test_nothing_half_written_is_left(theirs, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
     convert.import_hf(str(theirs), tmp_path / "ckpt")
     with monkeypatch.context() as patch:
-        patch.setattr(convert, "_copy", fail)
+        patch.setattr(tokenizer_lib.hugging_face.HuggingFace, "save", fail)
         with pytest.raises(OSError, match="disk full"):
             convert.export_hf(tmp_path / "ckpt", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "theirs"]

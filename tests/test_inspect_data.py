@@ -25,7 +25,7 @@ TEXTS = [text for row in ROWS for text in (row.prompt, row.chosen, row.rejected,
 
 @pytest.fixture(scope="module")
 def encoder():
-    tok = tokenizer_lib.Tokenizer(tokenizer_lib.train([*TEXTS, "Human: Assistant: Improve it."], 300))
+    tok = tokenizer_lib.SentencePiece(tokenizer_lib.train([*TEXTS, "Human: Assistant: Improve it."], 300))
     return encode.Encoder(tok, 64, 32, 32)
 
 

@@ -16,7 +16,7 @@ from pit_jax.types import PreferenceExample
 
 @pytest.fixture(scope="module")
 def tokens():
-    return tokenizer.Tokenizer(tokenizer.train(["one two three four five six seven"] * 3, 300))
+    return tokenizer.SentencePiece(tokenizer.train(["one two three four five six seven"] * 3, 300))
 
 
 def test_documents_of_a_folder(tmp_path):
