@@ -33,7 +33,7 @@ EXTRAS = {
     "tpu": [f"jax[tpu]{JAX}"],
     "cuda": [f"jax[cuda12]{JAX}"],
     "critic": ["openai>=3,<4"],
-    "hf": ["safetensors>=0.5,<1", "tokenizers>=0.22,<0.24", "huggingface_hub>=1,<3", "jinja2>=3.1,<4"],
+    "hf": ["safetensors>=0.5,<1", "tokenizers>=0.22,<0.24", "huggingface_hub>=1,<3", "jinja2>=3.1.6,<4"],
     "parquet": ["pyarrow>=18"],
     "report": ["matplotlib>=3.9,<4", "scikit-learn>=1.5,<2"],
     "parity": ["torch>=2.9,<3", "transformers[serving]>=5.20,<6", "peft>=0.17,<1"],
@@ -46,7 +46,7 @@ EXTRAS = {
         "openai>=3,<4",
         "matplotlib>=3.9,<4",
         "pyarrow>=18",
-        *("safetensors>=0.5,<1", "tokenizers>=0.22,<0.24", "jinja2>=3.1,<4"),
+        *("safetensors>=0.5,<1", "tokenizers>=0.22,<0.24", "jinja2>=3.1.6,<4"),
         # The TPU compiler, for tests without a TPU. jax[tpu] wants another version: the two extras exclude each other.
         "libtpu==0.0.51; platform_system == 'Linux' and platform_machine == 'x86_64'",
     ],
