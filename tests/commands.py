@@ -28,7 +28,8 @@ def start(*arguments, cache, log):
 def environment(cache=None):
     """Of a command."""
     more = {"JAX_COMPILATION_CACHE_DIR": str(cache)} if cache else {}
-    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)} | more
+    flags = "--xla_backend_optimization_level=0"  # of the seconds of a smoke run two thirds are compilation
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)} | more
 
 
 def train(workdir, *flags, config=CONFIG, program=("-m", "pit_jax.train"), cache=None):

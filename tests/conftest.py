@@ -25,16 +25,21 @@ def one_device():
         yield mesh
 
 
+def shared_folder(tmp_path_factory, worker_id: str) -> pathlib.Path:
+    """What all processes of pytest-xdist see."""
+    root = tmp_path_factory.getbasetemp()
+    return root if worker_id == "master" else root.parent
+
+
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory):
+def cache(tmp_path_factory, worker_id):
     """One compilation cache for all commands."""
-    return tmp_path_factory.mktemp("cache")
+    return shared_folder(tmp_path_factory, worker_id) / "compilation_cache"
 
 
 def finished_run(tmp_path_factory, worker_id: str, config: str, cache) -> tuple[pathlib.Path, str]:
     """A finished run and what it printed: trained by the first process that asks, and a copy for each."""
-    root = tmp_path_factory.getbasetemp()
-    shared = (root if worker_id == "master" else root.parent) / config.replace("/", "_").replace(":", "_")
+    shared = shared_folder(tmp_path_factory, worker_id) / config.replace("/", "_").replace(":", "_")
     with open(f"{shared}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
         if not (shared / "printed").exists():
