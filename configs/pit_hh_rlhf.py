@@ -20,10 +20,10 @@ def get_config(variant: str = "small") -> ml_collections.ConfigDict:
     """`variant`: small, or smoke: a small run of every stage."""
     if variant not in ("small", "smoke"):
         raise ValueError(f"configs/pit_hh_rlhf.py has no variant {variant!r}: use :small or :smoke")
-    model = c.ModelConfig(vocab_size=4096, num_layers=4, d_model=128, num_heads=4, num_kv_heads=2, mlp_dim=384)
+    model = c.ModelConfig(vocab_size=4096, num_layers=4, d_model=256, num_heads=8, num_kv_heads=4, mlp_dim=768)
     adam = lambda rate, **kw: c.OptimizerConfig(learning_rate=rate, **kw)  # noqa: E731
-    decayed = lambda rate: adam(rate, schedule="cosine", warmup_fraction=0.05)  # noqa: E731
-    sft = c.SFTConfig(optimizer=decayed(1e-3), batch_size=16, num_epochs=2.0, loss_on_prompt=False)
+    decayed = lambda rate, name="adamw": adam(rate, name=name, schedule="cosine", warmup_fraction=0.05)  # noqa: E731
+    sft = c.SFTConfig(optimizer=decayed(1e-3), batch_size=8, num_epochs=2.0, sequence_length=1280)
     reward = c.RewardModelConfig(optimizer=decayed(3e-4), batch_size=8, num_epochs=2.0, eval_every=25, save_every=25)
     ppo = c.PPOConfig(
         policy_optimizer=adam(1e-4, warmup_fraction=0.1),
@@ -42,15 +42,20 @@ def get_config(variant: str = "small") -> ml_collections.ConfigDict:
             path="set --config.data.path=FOLDER",
             format="hh_rlhf",
             num_selection=128,
-            num_test=500,
-            prompt_window=256,
-            response_window=192,
+            num_test=800,
+            prompt_window=512,
+            response_window=320,
         ),
         tokenizer=c.TokenizerConfig(vocab_size=4096),
         policy_model=model,
         pit_model=model,
         reward_model=model,
-        pretrain=c.PretrainConfig(sft=dataclasses.replace(sft, num_epochs=8.0, loss_on_prompt=True)),
+        pretrain=c.PretrainConfig(
+            sft=dataclasses.replace(
+                sft, optimizer=decayed(5e-3, "muon"), num_epochs=1.0, batch_size=8, loss_on_prompt=True
+            ),
+            text_tokens=8_000_000,
+        ),
         sft_policy=sft,
         sft_pit=sft,
         r_p=reward,
@@ -69,7 +74,7 @@ def smoke(config: c.PitConfig) -> c.PitConfig:
     """Every stage, a few steps each."""
     r = dataclasses.replace
     model = r(config.policy_model, num_layers=2, d_model=32, num_heads=2, num_kv_heads=1, head_dim=16, mlp_dim=64)
-    short = lambda s: r(s, num_steps=2, batch_size=4)  # noqa: E731
+    short = lambda s: r(s, num_steps=2, batch_size=4, sequence_length=0)  # noqa: E731
     reward = lambda s: r(s, num_steps=2, batch_size=4, eval_every=2, save_every=2)  # noqa: E731
     ppo = lambda s: r(s, num_iterations=1, rollout_size=8, eval_every=1, save_every=1)  # noqa: E731
     return r(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-from absl import app, flags
+from absl import flags
 
 from pit_jax.data.sources import DataError
 from pit_jax.learners.loop import NonFiniteError
@@ -44,13 +44,17 @@ def one_line_errors(stopped: str = "") -> Iterator[None]:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """A misspelt field of the config ends in one line too, not in a traceback from inside ml_collections."""
+    """A misspelt flag, field or variant of a config ends in one line too, not in a traceback from inside a library."""
     try:
-        return app.parse_flags_with_usage(argv)
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        # A config file that raises is reported with its traceback: the last line says what is wrong.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        message = lines[-1].split(": ", 1)[-1] if "Traceback" in str(error) else " ".join(lines)
     except (AttributeError, KeyError) as error:
         if Path(traceback.extract_tb(error.__traceback__)[-1].filename).name != "config_dict.py":
             raise  # a fault in the config file, which is read here as well
         field, *hint = str(error).replace("\\n", "\n").replace("\\", "").strip("'\"").split("\n")
-        message = f"error: the config has no field '{field.strip(chr(39))}'. {' '.join(hint)}"
-        print(message.strip(), file=sys.stderr)
-        sys.exit(2)
+        message = f"the config has no field '{field.strip(chr(39))}'. {' '.join(hint)}".strip()
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

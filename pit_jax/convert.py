@@ -336,7 +336,7 @@ def run() -> None:
     """Entry point."""
     logging.set_verbosity(logging.WARNING)
     flags.mark_flags_as_required(["input", "output"])
-    app.run(main)
+    app.run(main, flags_parser=cli.parse_flags)
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def main(argv: list[str]) -> None:
 def start() -> None:
     """Entry point."""
     logging.set_verbosity(logging.WARNING)
-    app.run(main)
+    app.run(main, flags_parser=cli.parse_flags)
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def run() -> None:
     """Entry point."""
     logging.set_verbosity(logging.WARNING)
     flags.mark_flag_as_required("workdir")
-    app.run(main)
+    app.run(main, flags_parser=cli.parse_flags)
 
 
 if __name__ == "__main__":

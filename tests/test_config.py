@@ -6,6 +6,7 @@ import json
 import runpy
 from pathlib import Path
 
+import commands
 import pytest
 
 from pit_jax import config as c
@@ -156,3 +157,16 @@ def test_json_is_stable():
     text = c.to_json(c.PitConfig())
     assert text == c.to_json(c.from_config_dict(c.PitConfig, json.loads(text))) and text.endswith("}\n")
     assert list(json.loads(text)) == sorted(json.loads(text))
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config=configs/pit_synthetic.py:smok", "configs/pit_synthetic.py has no variant 'smok': use :smoke or none"),
+        ("--confg=x", "Unknown command line flag 'confg'. Did you mean: config ?"),
+    ],
+    ids=["variant", "flag"],
+)
+def test_a_misspelt_flag_ends_in_one_line(tmp_path, flag, message):
+    done = commands.run("-m", "pit_jax.train", flag, f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 2 and done.stderr == f"error: {message}\n"
