@@ -162,7 +162,10 @@ def test_json_is_stable():
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--config=configs/pit_synthetic.py:smok", "configs/pit_synthetic.py has no variant 'smok': use :smoke or none"),
+        (
+            "--config=configs/srt_synthetic.py:smok",
+            "configs/srt_synthetic.py has no variant 'smok': use :smoke or none",
+        ),
         ("--confg=x", "Unknown command line flag 'confg'. Did you mean: config ?"),
     ],
     ids=["variant", "flag"],
