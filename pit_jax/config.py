@@ -103,6 +103,30 @@ class ModelConfig:
             )
 
 
+LAYER_MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+"""Weights of a layer that are matrices, by our names."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021) in the place of the weights, in all stages but those that start from nothing.
+
+    There is no dropout: the ratio of PPO would not be 1 at the first update, nor the loss of DPO log 2.
+    """
+
+    rank: int = 0  # 0: all weights are trained
+    alpha: float = 16.0  # what adapters add is multiplied by alpha / rank
+    targets: tuple[str, ...] = LAYER_MATRICES  # adapted matrices of each layer (all: Dettmers et al. 2023)
+
+    def __post_init__(self):
+        _check(self.rank >= 0, f"rank={self.rank}: not below 0")
+        _positive(self, "alpha")
+        for name in self.targets:
+            _check(name in LAYER_MATRICES, f"targets names {name!r}: use {', '.join(LAYER_MATRICES)}")
+        _check(len(set(self.targets)) == len(self.targets), f"targets names one twice: {', '.join(self.targets)}")
+        _check(not self.rank or bool(self.targets), f"rank={self.rank} needs targets: {', '.join(LAYER_MATRICES)}")
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Axes of the device mesh; data=0 takes all devices that `model` leaves."""
@@ -329,6 +353,7 @@ class PitConfig:
     policy_model: ModelConfig = ModelConfig()
     pit_model: ModelConfig = ModelConfig()  # may be smaller than the policy (appendix J)
     reward_model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
     pretrain: PretrainConfig = PretrainConfig()
     sft_policy: SFTConfig = SFTConfig()
     sft_pit: SFTConfig = SFTConfig()
@@ -475,6 +500,7 @@ class SrtConfig:
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     policy_model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
     base: str = ""  # M_base: a models/STAGE of another run; empty: pretrain and sft_policy make one
     pretrain: PretrainConfig = PretrainConfig()
     sft_policy: SFTConfig = SFTConfig()

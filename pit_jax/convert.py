@@ -2,11 +2,16 @@
 
 python -m pit_jax.convert --from=hf --input=DIR_OR_NAME --output=CKPT
 python -m pit_jax.convert --to=hf --input=CKPT_OR_RUN/models/STAGE --output=DIR
+python -m pit_jax.convert --to=peft --input=RUN/models/STAGE --output=DIR
+python -m pit_jax.convert --from=peft --input=DIR --base=CKPT_OR_RUN/models/STAGE --output=CKPT
 
 Llama, Mistral, Qwen 2 and 3, Gemma 1 to 3 (text), as language models or as reward models with one label
 (...ForSequenceClassification). A name of the hub is downloaded. CKPT gets 0/ (parameters, float32), model.json (what
 they are) and tokenizer/. The tables get a row for each of <<Candidate>> and <<Improved>> that the tokenizer lacks, the
 mean of the rows that it knows, and are padded to a multiple of 128.
+
+--to=peft writes the adapters of a stage that was trained with config.lora, for the model that it started from (which
+--to=hf exports); --from=peft merges adapters into a model.
 
 --verify=ids.npy --logits=out.npy also writes what our forward pass says in float32 of rows of ids [B, T] without
 padding: logits [B, T, V] over the ids that exist, or of a reward model scores [B].
@@ -26,19 +31,21 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from pit_jax import checkpoint, cli, sharding
-from pit_jax.config import ModelConfig
+from pit_jax import checkpoint, cli, config as config_lib, sharding
+from pit_jax.config import LAYER_MATRICES, LoraConfig, ModelConfig
 from pit_jax.data import batches, tokenizer as tokenizer_lib
 from pit_jax.data.tokenizer import Tokenizer
-from pit_jax.files import sync_directory
-from pit_jax.models import hf
+from pit_jax.files import read_json, sync_directory, write_json_atomic
+from pit_jax.models import hf, lora
 from pit_jax.models.transformer import ScalarModel, Transformer
 from pit_jax.pipelines import common
+from pit_jax.pipelines.stages import ADAPTERS
 from pit_jax.types import Params
 
-_FROM = flags.DEFINE_enum("from", None, ["hf"], "Read a model of Hugging Face.")
-_TO = flags.DEFINE_enum("to", None, ["hf"], "Write one.")
+_FROM = flags.DEFINE_enum("from", None, ["hf", "peft"], "Read a model of Hugging Face, or adapters of PEFT.")
+_TO = flags.DEFINE_enum("to", None, ["hf", "peft"], "Write them.")
 _INPUT = flags.DEFINE_string("input", None, "Folder of the model (--from: or its name on the hub).")
+_BASE = flags.DEFINE_string("base", None, "--from=peft: the model that the adapters are for, as --input of --to=hf.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write; it must not exist.")
 _DTYPE = flags.DEFINE_enum(
     "dtype",
@@ -182,16 +189,20 @@ def load(source: Path) -> tuple[hf.Description, Params, Tokenizer | None]:
     Raises:
       ValueError: where it is neither.
     """
-    if (source / hf.DESCRIPTION).is_file():
-        description, folder = hf.read_description(source), source / "tokenizer"
-        tokenizer = None if hf.tokenizer_size(folder) is None else tokenizer_lib.load(folder)
-    else:
-        description, tokenizer = _of_run(source)
+    description, tokenizer = describe(source)
     step = checkpoint.latest_step(source)
     if step is None:
         raise ValueError(f"--input={source} holds no checkpoint: the stage has not finished, or the copy is not whole")
     like = common.shapes(module_of(description.kind, description.config))
     return description, checkpoint.restore(source, step, like), tokenizer
+
+
+def describe(source: Path) -> tuple[hf.Description, Tokenizer | None]:
+    """(description, tokenizer where there is one) of what `load` loads."""
+    if (source / hf.DESCRIPTION).is_file():
+        folder = source / "tokenizer"
+        return hf.read_description(source), tokenizer_lib.load(folder) if hf.tokenizer_size(folder) else None
+    return _of_run(source)
 
 
 def _of_run(source: Path) -> tuple[hf.Description, Tokenizer]:
@@ -232,13 +243,7 @@ def export_hf(source: Path, output: Path, dtype: str = "") -> tuple[hf.Descripti
     """
     _refuse_existing(output)
     description, params, tokenizer = load(source)
-    bias = float(params["params"]["bias"]) if description.kind == "reward_model" else 0.0
-    if bias:
-        print(
-            f"warning: the scores of this reward model have a bias of {bias:.6g}, for which a model of Hugging Face "
-            "has no place: its scores are lower by that, and their order and differences stay",
-            file=sys.stderr,
-        )
+    _warn_of_bias(params)
     with _whole(output) as partial:
         family = hf.write(partial, params, description, dtype=dtype)
         if tokenizer is not None:
@@ -246,6 +251,197 @@ def export_hf(source: Path, output: Path, dtype: str = "") -> tuple[hf.Descripti
         else:
             print(f"warning: {source} has no tokenizer: {output} gets none", file=sys.stderr)
     return description._replace(family=family), params
+
+
+def _warn_of_bias(params: Params) -> None:
+    bias = float(params.get("params", {}).get("bias", 0.0))
+    if bias:
+        print(
+            f"warning: the scores of this reward model have a bias of {bias:.6g}, for which a model of Hugging Face "
+            "has no place: its scores are lower by that, and their order and differences stay",
+            file=sys.stderr,
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------- peft
+
+
+PEFT_TENSORS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_TASKS = {"language_model": "CAUSAL_LM", "reward_model": "SEQ_CLS"}
+_SCORE = "base_model.model.score.weight"
+
+
+def _adapted(config: ModelConfig, kind: str) -> dict[str, str]:
+    """Our name of what can have adapters -> theirs, with {} for the layer, by the table of `hf`."""
+    found = {}
+    for tensor in hf.tensors_of(config, kind):
+        if tensor.ours[-2:-1] == ("layers",) and tensor.ours[-1] in LAYER_MATRICES:
+            outputs, inputs = tensor.their_axes.split()
+            assert tensor.our_axes == inputs + outputs, f"{tensor} needs a transposition"
+            found[tensor.ours[-1]] = f"base_model.model.{tensor.theirs.removesuffix('.weight')}"
+    return found
+
+
+def _adapted_shapes(description: hf.Description, config: LoraConfig) -> Params:
+    """Shapes and layouts of a model with adapters."""
+    params = common.shapes(module_of(description.kind, description.config))
+    return jax.eval_shape(lambda p: lora.add(p, config, jax.random.key(0)), params)
+
+
+def export_peft(source: Path, output: Path, dtype: str = "") -> tuple[hf.Description, Params, str]:
+    """The adapters of a stage as PEFT reads them, whole or absent. The mesh must be set.
+
+    Args:
+      source: RUN/models/STAGE of a run with config.lora.
+      output: the folder; must not exist.
+      dtype: of the file; empty: float32.
+
+    Returns:
+      (description of the stage's model, what was trained, what it is for: models/STAGE of the run, or a checkpoint).
+
+    Raises:
+      ValueError: where the stage has no adapters, no family can express its model, or the output exists.
+    """
+    _refuse_existing(output)
+    description, _ = describe(source)
+    hf.exported_config(description.config, description.family)
+    folder = source.absolute().parent.parent / "adapters" / source.absolute().name
+    if source.absolute().parent.name != "models" or not (folder / ADAPTERS).is_file():
+        raise ValueError(
+            f"--input={source} has no adapters (in {folder}): name the models/STAGE of a stage that was trained with "
+            "--config.lora.rank=RANK, or export the whole model with --to=hf"
+        )
+    values = read_json(folder / ADAPTERS)
+    base = values.pop("base")
+    config = config_lib.from_config_dict(LoraConfig, values, ADAPTERS)
+    trained = checkpoint.restore(folder, 0, lora.trained(_adapted_shapes(description, config)))
+    _warn_of_bias(trained)
+    is_reward = description.kind == "reward_model"
+    stored = next(d for d in hf.DTYPES.values() if d.name == (dtype or "float32"))
+    layers = (trained["lora"]["backbone"] if is_reward else trained["lora"])["layers"]
+    rank, arrays, names = config.rank, {}, _adapted(description.config, description.kind)
+    for ours in config.targets:
+        theirs = names[ours]
+        a, b = (np.asarray(layers[ours][x], np.float32) for x in "ab")
+        for i in range(len(a)):
+            arrays[f"{theirs.format(i)}.lora_A.weight"] = a[i].reshape(-1, rank).T
+            arrays[f"{theirs.format(i)}.lora_B.weight"] = b[i].reshape(rank, -1).T
+    if is_reward:
+        arrays[_SCORE] = np.asarray(trained["params"]["head"])[None]
+    arrays = {name: np.ascontiguousarray(x.astype(stored)) for name, x in arrays.items()}
+    if not all(np.isfinite(x.astype(np.float32)).all() for x in arrays.values()):
+        raise ValueError(f"the adapters have numbers that {stored.name} cannot hold: use --dtype=bfloat16")
+    values = {
+        "peft_type": "LORA",
+        "task_type": _TASKS[description.kind],
+        "base_model_name_or_path": None,
+        "r": rank,
+        "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
+        "target_modules": [names[ours].split(".")[-1] for ours in config.targets],
+        "modules_to_save": ["score"] if is_reward else None,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    with _whole(output) as partial:
+        partial.mkdir()
+        hf.write_tensors(partial / PEFT_TENSORS, arrays)
+        write_json_atomic(partial / PEFT_CONFIG, values)
+    return description, trained, base
+
+
+def read_peft_config(folder: Path, config: ModelConfig, kind: str) -> LoraConfig:
+    """What adapters of PEFT are.
+
+    Args:
+      folder: with adapter_config.json.
+      config, kind: of the model that they are for.
+
+    Raises:
+      ValueError: where there is none, and for what we have no place for; it names the fields.
+    """
+    path = folder / PEFT_CONFIG
+    if not path.is_file():
+        raise ValueError(f"--input={folder} has no {PEFT_CONFIG}: name a folder that save_pretrained of PEFT wrote")
+    values = read_json(path)
+    wanted: dict[str, tuple] = {"peft_type": ("LORA",), "task_type": (_TASKS[kind], None), "bias": ("none", None)}
+    for field in ("use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layers_to_transform"):
+        wanted[field] = (False, None, {}, [])
+    wanted["modules_to_save"] = (["score"],) if kind == "reward_model" else (None, [])
+    problems = [f"{field} is {values.get(field)!r}" for field in wanted if values.get(field) not in wanted[field]]
+    names = {theirs.split(".")[-1]: ours for ours, theirs in _adapted(config, kind).items()}
+    modules = values.get("target_modules")
+    modules = list(names) if modules == "all-linear" else modules
+    if not isinstance(modules, list) or not modules or not set(modules) <= set(names):
+        problems.append(f"target_modules is {modules!r}, but must list some of {', '.join(names)}")
+    rank, alpha = values.get("r"), values.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or alpha <= 0:
+        problems.append(f"r and lora_alpha are {rank!r} and {alpha!r}, but must be above 0")
+    if problems:
+        raise ValueError(f"{path} is of adapters that cannot be read here:" + "".join(f"\n  {p}" for p in problems))
+    return LoraConfig(rank, float(alpha), tuple(ours for theirs, ours in names.items() if theirs in modules))
+
+
+def import_peft(source: Path, base: Path, output: Path) -> tuple[hf.Description, Params]:
+    """A checkpoint of ours with adapters of PEFT merged into it, whole or absent. The mesh must be set.
+
+    Args:
+      source: the folder of the adapters.
+      base: the model that they are for: CKPT of an import, or RUN/models/STAGE.
+      output: the checkpoint; must not exist.
+
+    Returns:
+      (description, parameters).
+
+    Raises:
+      ValueError: where there are others than LoRA's of this model, they are not whole, or the output exists.
+    """
+    _refuse_existing(output)
+    description, params, tokenizer = load(base)
+    kind = description.kind
+    config = read_peft_config(source, description.config, kind)
+    like = _adapted_shapes(description, config)["lora"]
+    layers = (like["backbone"] if kind == "reward_model" else like)["layers"]
+    given = hf.read_tensors(source / PEFT_TENSORS)
+    num_layers, problems = description.config.num_layers, []
+
+    def take(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        x = given.pop(name, None)
+        if x is None or x.shape != shape:
+            problems.append(f"{name}: is missing" if x is None else f"{name}: has shape {x.shape}, not {shape}")
+            return np.zeros(shape, np.float32)
+        return x.astype(np.float32)
+
+    def put(leaf, rows: list[np.ndarray]):
+        return jax.device_put(np.stack(rows).reshape(leaf.shape), leaf.sharding.spec)
+
+    changed: dict = {}
+    names = _adapted(description.config, kind)
+    for ours in config.targets:
+        a, b = layers[ours]["a"], layers[ours]["b"]
+        a_shape, b_shape = (config.rank, math.prod(a.shape[1:-1])), (math.prod(b.shape[2:]), config.rank)
+        modules = [names[ours].format(i) for i in range(num_layers)]
+        changed[ours] = {
+            "a": put(a, [take(f"{module}.lora_A.weight", a_shape).T for module in modules]),
+            "b": put(b, [take(f"{module}.lora_B.weight", b_shape).T for module in modules]),
+        }
+    changed = {"lora": {"layers": changed} if kind == "language_model" else {"backbone": {"layers": changed}}}
+    if kind == "reward_model":
+        head = jax.device_put(take(_SCORE, (1, description.config.d_model))[0], jax.P(None))
+        changed["params"] = {"head": head, "bias": jax.device_put(np.float32(0.0), jax.P())}
+    problems += [f"{name}: is unknown" for name in sorted(given)]
+    if problems:
+        lines = "".join(f"\n  {p}" for p in problems[:20])
+        raise ValueError(f"the tensors of {source / PEFT_TENSORS} do not fit the model {base}:{lines}")
+    params = lora.merge(lora.with_trained(lora.add(params, config, jax.random.key(0)), changed))
+    with _whole(output) as partial:
+        checkpoint.save(partial, 0, params)
+        if tokenizer is not None:
+            tokenizer.save(partial / "tokenizer")
+        hf.write_description(partial, description)
+    return description, params
 
 
 # ------------------------------------------------------------------------------------------------------------- command
@@ -290,10 +486,21 @@ def forward(description: hf.Description, params: Params, ids: np.ndarray) -> np.
     return np.concatenate(out)[: len(ids)].astype(np.float32)
 
 
-def check_flags(source: str | None, target: str | None, dtype: str | None, verify: str | None, logits: str | None):
-    """Raises ValueError where flags contradict one another: --from, --to, --dtype, --verify, --logits."""
+def check_flags(
+    source: str | None,
+    target: str | None,
+    dtype: str | None,
+    verify: str | None,
+    logits: str | None,
+    base: str | None = None,
+) -> None:
+    """Raises ValueError where flags contradict one another: --from, --to, --dtype, --verify, --logits, --base."""
     if bool(source) == bool(target):
-        raise ValueError("name one of --from=hf and --to=hf")
+        raise ValueError("name one of --from=hf and --to=hf (or peft in the place of hf)")
+    if (source == "peft") != bool(base):
+        raise ValueError("--from=peft and --base=MODEL go together: the model that the adapters are for")
+    if source == "peft" and dtype:
+        raise ValueError("--dtype is not for --from=peft: the checkpoint is float32, activations as in --base")
     if bool(verify) != bool(logits):
         raise ValueError("--verify=IDS.npy and --logits=OUT.npy go together")
     if source and dtype == "float16":
@@ -302,15 +509,25 @@ def check_flags(source: str | None, target: str | None, dtype: str | None, verif
 
 def convert() -> None:
     """Does what the flags say."""
-    check_flags(_FROM.value, _TO.value, _DTYPE.value, _VERIFY.value, _LOGITS.value)
+    check_flags(_FROM.value, _TO.value, _DTYPE.value, _VERIFY.value, _LOGITS.value, _BASE.value)
     output, ids = Path(_OUTPUT.value), read_ids(Path(_VERIFY.value)) if _VERIFY.value else None
     _refuse_existing(output, *([Path(_LOGITS.value)] if _LOGITS.value else []))
     with jax.set_mesh(sharding.make_mesh()):
-        if _FROM.value:
+        if _FROM.value == "hf":
             description, params = import_hf(_INPUT.value, output, _DTYPE.value or "")
+        elif _FROM.value == "peft":
+            description, params = import_peft(Path(_INPUT.value), Path(_BASE.value), output)
+        elif _TO.value == "peft":
+            source = Path(_INPUT.value)
+            description, params, base = export_peft(source, output, _DTYPE.value or "")
+            inside = source.absolute().parent.parent / base
+            at = inside if inside.is_dir() else base
+            print(f"adapters for {at}: write that by python -m pit_jax.convert --to=hf --input={at} --output=DIR")
         else:
             description, params = export_hf(Path(_INPUT.value), output, _DTYPE.value or "")
         count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+        if ids is not None and _TO.value == "peft":
+            params = load(source)[1]
         print(
             f"{output}: a {description.kind.replace('_', ' ')} of family {description.family}, {count:,} parameters, "
             f"{description.config.num_tokens or description.config.vocab_size:,} ids"

@@ -5,6 +5,7 @@ import optax
 import optax.contrib
 
 from pit_jax.config import OptimizerConfig
+from pit_jax.models.lora import INPUTS
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -26,7 +27,8 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
     """AdamW, or Muon for the matrices of the layers and NAdam for the rest, with a global-norm clip.
 
-    Norms, biases and scalar heads are not decayed.
+    Norms, biases and scalar heads are not decayed. Adapters are, each of A and B towards 0, and Muon takes each for a
+    matrix. Weights that adapters leave as they are have no place in its state: see `train_state`.
     """
 
     def decayed(params):
@@ -63,18 +65,17 @@ def _laid_out_by_compiler(inner: optax.GradientTransformation) -> optax.Gradient
     return optax.GradientTransformation(inner.init, update)
 
 
-_INPUTS = {"q": 1, "k": 1, "v": 1, "o": 3, "gate": 1, "up": 1, "down": 1}
-"""Weight of a layer -> how many axes behind the layer axis are its inputs."""
-
-
 def _matrices(params):
     """Which axes of each weight Muon takes for rows and columns; None for what Adam updates."""
 
     def axes(path, leaf):
         name = path[-1].key
-        if name not in _INPUTS:
+        if name in INPUTS:
+            inner = 1 + INPUTS[name]
+        elif len(path) > 1 and path[-2].key in INPUTS:  # A [L, inputs, rank] or B [L, rank, outputs] of an adapter
+            inner = leaf.ndim - 1 if name == "a" else 2
+        else:
             return None
-        inner = 1 + _INPUTS[name]
         return optax.contrib.MuonDimensionNumbers(tuple(range(1, inner)), tuple(range(inner, leaf.ndim)))
 
     return jax.tree_util.tree_map_with_path(axes, params)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pit_jax import checkpoint, metrics
+from pit_jax import checkpoint, metrics, train_state
 from pit_jax.types import Metrics
 
 
@@ -49,10 +49,10 @@ def run(
     Raises:
       NonFiniteError: at the first step whose metrics are not finite; the checkpoint before it stays.
     """
-    restored = checkpoint.restore_latest(directory, state)
+    restored = checkpoint.restore_latest(directory, train_state.saved_part(state))
     start = 0
     if restored is not None:
-        start, state = restored
+        start, state = restored[0], train_state.restored(restored[1], state)
         writer.truncate(stage, start + 1)  # the line of the checkpoint's step was written before it
     else:
         writer.truncate(stage, 0)
@@ -93,5 +93,5 @@ def run(
                 flush()
                 if evaluate_now:
                     evaluate(state, step + 1)
-                checkpoint.save(directory, step + 1, state, keep=2)
+                checkpoint.save(directory, step + 1, train_state.saved_part(state), keep=2)
     return state

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from pit_jax import sampling, sharding
+from pit_jax import sampling, sharding, train_state
 from pit_jax.config import PPOConfig, SamplingConfig
 from pit_jax.losses import advantages as adv, policy_gradient
 from pit_jax.losses.log_probs import token_log_probs
@@ -82,11 +82,10 @@ def create(
     kl_coef: float,
 ) -> PPOState:
     """The state before the first iteration."""
-    train_state = lambda p, o: TrainState(jnp.int32(0), p, jax.jit(o.init)(p))  # noqa: E731
     return PPOState(
         step=jnp.int32(0),
-        policy=train_state(policy_params, policy_optimizer),
-        value=train_state(value_params, value_optimizer),
+        policy=train_state.create(policy_params, policy_optimizer),
+        value=train_state.create(value_params, value_optimizer),
         kl_coef=jnp.float32(kl_coef),
         scores=ScoreStatistics(jnp.float32(0.0), jnp.float32(1.0), jnp.float32(0.0)),
     )

@@ -756,8 +756,8 @@ def write(
     Raises:
       ValueError: where no family can express the model, or the folder exists.
     """
-    safetensors, folder = _safetensors(), Path(folder)
-    ours = description.config
+    _safetensors()  # says that it is missing before anything is written
+    folder, ours = Path(folder), description.config
     theirs, family = exported_config(ours, description.family)
     stored = next(d for d in DTYPES.values() if d.name == (dtype or description.dtype))
     num_tokens = ours.num_tokens or ours.vocab_size
@@ -804,21 +804,41 @@ def write(
         many = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         file = many if len(shards) > 1 else "model.safetensors"
         arrays = {name: value(tensor, path, layer) for name, tensor, path, layer in shard}
-        specs = {
-            name: safetensors.TensorSpec(
-                dtype=stored.name, shape=list(x.shape), data_ptr=x.ctypes.data, data_len=x.nbytes
-            )
-            for name, x in arrays.items()
-        }
-        safetensors.serialize_file(specs, str(folder / file), {"format": "pt"})
-        (folder / file).chmod(0o644)  # the library makes it for its owner alone
+        write_tensors(folder / file, arrays)
         weight_map |= dict.fromkeys(arrays, file)
-        del arrays, specs
+        del arrays
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes_of.values())}, "weight_map": weight_map}
         write_json_atomic(folder / "model.safetensors.index.json", index)
     write_json_atomic(folder / "config.json", json_of(theirs, description.kind, family, stored.name, description.kept))
     return family
+
+
+def write_tensors(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes one file of tensors, contiguous arrays of DTYPES by name."""
+    safetensors = _safetensors()
+    specs = {
+        name: safetensors.TensorSpec(dtype=x.dtype.name, shape=list(x.shape), data_ptr=x.ctypes.data, data_len=x.nbytes)
+        for name, x in arrays.items()
+    }
+    safetensors.serialize_file(specs, str(path), {"format": "pt"})
+    path.chmod(0o644)  # the library makes it for its owner alone
+
+
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """All tensors of one file by name.
+
+    Raises:
+      ValueError: where it is missing or damaged, or a tensor is of another dtype than DTYPES.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: safetensors are read, and nothing that is pickled")
+    with _open(path) as tensors:
+        dtypes = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+        strange = sorted(set(dtypes.values()) - set(DTYPES))
+        if strange:
+            raise ValueError(f"{path} has tensors stored as {', '.join(strange)}; known are {', '.join(DTYPES)}")
+        return {name: np.asarray(tensors.get_tensor(name)) for name in dtypes}
 
 
 @jax.jit

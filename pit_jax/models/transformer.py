@@ -1,6 +1,7 @@
 """The decoder: RMSNorm, rotary positions, grouped-query attention, gated MLP; scanned over layers.
 
-What Llama, Mistral, Qwen and Gemma add to that are fields of `ModelConfig`, whose defaults leave it away.
+What Llama, Mistral, Qwen and Gemma add to that are fields of `ModelConfig`, whose defaults leave it away. Low-rank
+adapters (`models/lora.py`) are no field: where variables have a collection "lora" beside "params", it is read.
 
 Flax Linen is used thinly: a module is a pure `apply(params, ...)`, and policy, reference, value and reward models are
 the same stateless modules with different parameter trees. Weights are stored with `AxisRules` specs and gathered over
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from pit_jax.config import ModelConfig
-from pit_jax.sharding import RULES, AxisRules
+from pit_jax.sharding import RULES, AxisRules, gather_weights
 from pit_jax.types import Array
 
 
@@ -179,6 +180,16 @@ class Block(nn.Module):
         zeros = lambda _, shape, dtype: jnp.zeros(shape, dtype, out_sharding=self.rules.spec(*axes))  # noqa: E731
         return x + self.param(name, zeros, x.shape[2:], jnp.float32).astype(self.config.dtype)
 
+    def _project(self, name: str, x: Array, weight: Array, spec: jax.P) -> Array:
+        """`project`, plus scale * (x A) B where the variables have adapters for the weight of this name."""
+        out = project(x, weight, spec)
+        if not self.has_variable("lora", name):
+            return out
+        cast = lambda v: v.astype(self.config.dtype)  # noqa: E731
+        adapter = gather_weights(jax.tree.map(cast, self.get_variable("lora", name)), self.rules)
+        low = project(x, adapter["a"], self.rules.spec("batch", None, None))
+        return out + project(low * cast(self.get_variable("lora", "scale")), adapter["b"], spec)
+
     def _sight(self, layer: Array, masks: tuple[Array, Array | None]) -> tuple[Array, Array]:
         """(mask, rotary frequencies) of a layer: all in which layers with a window differ from the others."""
         c = self.config
@@ -204,10 +215,10 @@ class Block(nn.Module):
             y = self._norm("attention_norm")(x)
             heads = rules.spec("batch", None, "heads", None)
             q = self._weight("q", (D, K, G, H), ("embed", "heads", None, None), D)
-            q = project(y, q, rules.spec("batch", None, "heads", None, None))
-            k = project(y, self._weight("k", (D, K, H), ("embed", "heads", None), D), heads)
+            q = self._project("q", y, q, rules.spec("batch", None, "heads", None, None))
+            k = self._project("k", y, self._weight("k", (D, K, H), ("embed", "heads", None), D), heads)
             v_weight = self._weight("v", (D, K, H), ("embed", "heads", None), D)
-            v = project(y, v_weight, heads)
+            v = self._project("v", y, v_weight, heads)
             if c.qkv_bias:
                 q = self._biased("q_bias", q, ("heads", None, None))
                 k, v = self._biased("k_bias", k, ("heads", None)), self._biased("v_bias", v, ("heads", None))
@@ -225,16 +236,16 @@ class Block(nn.Module):
                 start = jnp.broadcast_to(transposed[:, None], (K, G, H, D))
             axes = ("heads", None, None, "embed")
             o = self._weight("o", (K, G, H, D), axes, c.num_heads * H, out_scale, start)
-            y = project(y, o, rules.spec("batch", None, None))
+            y = self._project("o", y, o, rules.spec("batch", None, None))
             x = x + (self._norm("attention_post_norm")(y) if c.post_norms else y)
         with jax.named_scope("mlp"):
             y = self._norm("mlp_norm")(x)
             wide = rules.spec("batch", None, "mlp")
-            gate = project(y, self._weight("gate", (D, F), ("embed", "mlp"), D), wide)
-            up = project(y, self._weight("up", (D, F), ("embed", "mlp"), D), wide)
+            gate = self._project("gate", y, self._weight("gate", (D, F), ("embed", "mlp"), D), wide)
+            up = self._project("up", y, self._weight("up", (D, F), ("embed", "mlp"), D), wide)
             down = self._weight("down", (F, D), ("mlp", "embed"), F, out_scale)
             gate = nn.silu(gate) if c.activation == "silu" else nn.gelu(gate, approximate=True)
-            y = project(gate * up, down, rules.spec("batch", None, None))
+            y = self._project("down", gate * up, down, rules.spec("batch", None, None))
             x = x + (self._norm("mlp_post_norm")(y) if c.post_norms else y)
         return (x, cache, layer + 1), None
 
@@ -283,7 +294,7 @@ class Transformer(nn.Module):
             block = nn.remat(Block, prevent_cse=False, policy=policy)
         self.layers = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=c.num_layers,

@@ -32,7 +32,7 @@ from pit_jax.data.chat import Chat
 from pit_jax.files import read_json, write_json_atomic, write_text_atomic
 from pit_jax.learners import loop, reward_model, sft
 from pit_jax.metrics import MetricsWriter
-from pit_jax.models import hf
+from pit_jax.models import hf, lora
 from pit_jax.models.transformer import ScalarModel, Transformer
 from pit_jax.pipelines.stages import FREE_FIELDS, Candidates, Workdir, run_stage
 from pit_jax.types import Params, PreferenceExample, Rollout
@@ -290,12 +290,25 @@ def likelihood_stage(
     sizes: ModelConfig,
     settings: SFTConfig,
     rows: Sequence[batches.Turns],
+    base: str,
     start: Callable[[], Params],
     *,
     loss_on_prompt: bool = False,
     unlikely: Sequence[batches.Turns] = (),
 ) -> dict:
-    """Trains a decoder on rows of (prompt ids, response ids) or more turns: the last parameters stay (appendix F)."""
+    """Trains a decoder on rows of (prompt ids, response ids) or more turns: the last parameters stay (appendix F).
+
+    Args:
+      context: of the run.
+      stage: its name.
+      sizes: of the decoder.
+      settings: of the training.
+      rows: what is made likely.
+      base: whose parameters `start` gives, as for `leave_model`; empty where they are random, and get no adapters.
+      start: the parameters at step 0.
+      loss_on_prompt: whether prompts are learnt too.
+      unlikely: rows of section 3.2's unlikelihood terms, three for each of `rows` in turn.
+    """
     rng = np.random.default_rng(seed_of(context.config, f"{stage}/order"))
     order = rng.permutation(len(rows))
     rows = [rows[i] for i in order]
@@ -322,7 +335,7 @@ def likelihood_stage(
         accumulation=settings.accumulation,
     )  # fmt: skip
     state = loop.run(
-        train_state.create(start(), optimizer),
+        train_state.create(with_adapters(context, stage, start()) if base else start(), optimizer),
         stage=stage,
         num_steps=num_steps,
         batch_at=batches.make_batch_at(data, settings.batch_size, seed_of(context.config, stage)),
@@ -331,7 +344,7 @@ def likelihood_stage(
         writer=context.writer,
         save_every=settings.save_every,
     )
-    context.workdir.save_model(stage, state.params)
+    leave_model(context, stage, state.params, base)
     return {"steps": num_steps, "rows": len(rows), "sequences": num_sequences, "over_length": over_length}
 
 
@@ -388,7 +401,7 @@ def pretrain_stage(context: Context, stage: str, sizes: ModelConfig) -> dict:
     model = Transformer(sized(sizes, context.encoder))
     start = lambda: init_params(model, key_of(context.config, stage))  # noqa: E731
     rows = pretraining_rows(context)
-    return likelihood_stage(context, stage, sizes, settings, rows, start, loss_on_prompt=settings.loss_on_prompt)
+    return likelihood_stage(context, stage, sizes, settings, rows, "", start, loss_on_prompt=settings.loss_on_prompt)
 
 
 def starts_from(config: Any) -> tuple[str, str]:
@@ -474,8 +487,16 @@ def load_pretrained(context: Context, sizes: ModelConfig) -> Params:
     like = shapes(Transformer(sized(sizes, context.encoder)))
     if context.config.pretrain.checkpoint:
         return checkpoint.restore(*find_checkpoint(context.config), like)
-    stage = {sizes: stage for stage, sizes in pretrained_models(context.config)}[sizes]
-    return context.workdir.load_model(stage, like)
+    return context.workdir.load_model(_pretrain_stage(context.config, sizes), like)
+
+
+def _pretrain_stage(config: Any, sizes: ModelConfig) -> str:
+    return {sizes: stage for stage, sizes in pretrained_models(config)}[sizes]
+
+
+def pretrained_base(config: Any, sizes: ModelConfig) -> str:
+    """What `load_pretrained` reads, as for `leave_model`."""
+    return config.pretrain.checkpoint or f"models/{_pretrain_stage(config, sizes)}"
 
 
 def sft_rows(encoder: encode.Encoder, rows: Sequence[PreferenceExample]) -> list[batches.Turns]:
@@ -487,7 +508,8 @@ def sft_policy_stage(context: Context, stage: str, settings: SFTConfig) -> dict:
     """M_P^SFT: -sum log M_P(y_w | x)."""
     config, rows = context.config, sft_rows(context.encoder, context.rows["sft"])
     start = lambda: load_pretrained(context, config.policy_model)  # noqa: E731
-    return likelihood_stage(context, stage, config.policy_model, settings, rows, start)
+    base = pretrained_base(config, config.policy_model)
+    return likelihood_stage(context, stage, config.policy_model, settings, rows, base, start)
 
 
 # --------------------------------------------------------------------------------------------- models, scores, samples
@@ -505,6 +527,27 @@ def model_of(context: Context, stage: str) -> Transformer | ScalarModel:
 def load_model(context: Context, stage: str) -> Params:
     """The parameters of a finished stage."""
     return context.workdir.load_model(stage, shapes(model_of(context, stage)))
+
+
+def with_adapters(context: Context, stage: str, params: Params, of: str = "lora") -> Params:
+    """What a stage trains: the parameters that it starts from, with fresh adapters where config.lora says so."""
+    config = context.config
+    return lora.add(params, config.lora, key_of(config, f"{stage}/{of}")) if config.lora.rank else params
+
+
+def leave_model(context: Context, stage: str, params: Params, base: str) -> None:
+    """Leaves the model of a stage behind: adapters are merged into it, and lie beside it for those who want them.
+
+    Args:
+      context: of the run.
+      stage: its name.
+      params: with its adapters, if it has some.
+      base: what it started from: models/STAGE of this run, or a folder that the config names.
+    """
+    if lora.is_adapted(params):
+        description = dataclasses.asdict(context.config.lora) | {"base": base}
+        context.workdir.save_adapters(stage, lora.trained(params), description)
+    context.workdir.save_model(stage, lora.merge(params))
 
 
 def policy_groups(encoder: encode.Encoder, rows: Sequence[PreferenceExample]) -> list[tuple[list[int], ...]]:

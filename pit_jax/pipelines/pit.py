@@ -31,14 +31,16 @@ from pit_jax.data import (
 )
 from pit_jax.files import write_text_atomic
 from pit_jax.learners import loop, ppo, reward_model
+from pit_jax.models import lora
 from pit_jax.models.transformer import ScalarModel, Transformer
 from pit_jax.pipelines import common
 from pit_jax.pipelines.common import Context, policy_groups
 from pit_jax.pipelines.samples import Ids
 from pit_jax.pipelines.stages import Candidates, choose_by_kl_bin
-from pit_jax.types import PreferenceExample, Rollout
+from pit_jax.types import Params, PreferenceExample, Rollout
 
 FIRST_STAGE = {
+    "lora": "sft_policy",
     "sft_policy": "sft_policy",
     "sft_pit": "sft_pit",
     "r_p": "r_p",
@@ -91,7 +93,8 @@ def sft_pit_stage(context: Context, stage: str) -> dict:
     rows = sft_pit_rows(e, context.rows["sft"], settings.chain_of_thought)
     unlikely = unlikely_rows(e, context.rows["sft"]) if settings.unlikelihood else []
     start = lambda: common.load_pretrained(context, config.pit_model)  # noqa: E731
-    return common.likelihood_stage(context, stage, config.pit_model, settings, rows, start, unlikely=unlikely)
+    base = common.pretrained_base(config, config.pit_model)
+    return common.likelihood_stage(context, stage, config.pit_model, settings, rows, base, start, unlikely=unlikely)
 
 
 # ---------------------------------------------------------------------------------------------------- reward models
@@ -166,15 +169,16 @@ def reward_stage(
     config, e = context.config, context.encoder
     model = ScalarModel(common.sized(config.reward_model, e))
     if settings.start_from == "r_p":
-        params = common.load_model(context, "r_p")
+        params, base = common.load_model(context, "r_p"), "models/r_p"
     else:
         if settings.start_from == "pretrain":
+            base = common.pretrained_base(config, config.reward_model)
             backbone = common.load_pretrained(context, config.reward_model)["params"]
         else:
             source, sizes = ("sft_pit", config.pit_model) if stage == "r_pit" else ("sft_policy", config.policy_model)
             if sizes != config.reward_model:
                 raise ValueError(f"{stage}.start_from=sft needs config.reward_model equal to the sizes of {source}")
-            backbone = common.load_model(context, source)["params"]
+            backbone, base = common.load_model(context, source)["params"], f"models/{source}"
         backbone = {k: v for k, v in backbone.items() if k != "unembedding"}
         params = {"params": {**common.init_params(model, common.key_of(config, stage))["params"], "backbone": backbone}}
 
@@ -187,11 +191,11 @@ def reward_stage(
     def evaluate(state, step):
         scores = common.score_groups(model, state.params, selection)
         measured = {"accuracy": float(np.mean(scores[:, 0] > scores[:, -1])), "n": len(scores)}
-        candidates.add(step, state.params, measured)
+        candidates.add(step, lora.trained(state.params), measured)
         context.writer.write(stage, step, {f"selection/{k}": v for k, v in measured.items()})
 
-    loop.run(
-        train_state.create(params, optimizer),
+    params = loop.run(
+        train_state.create(common.with_adapters(context, stage, params), optimizer),
         stage=stage,
         num_steps=num_steps,
         batch_at=batches.make_score_batch_at(
@@ -205,10 +209,11 @@ def reward_stage(
         save_every=settings.save_every,
         evaluate=evaluate,
         eval_every=settings.eval_every,
-    )
+    ).params
     measured = candidates.all()
     best = max(measured, key=lambda step: (measured[step]["accuracy"], step))
-    context.workdir.save_model(stage, candidates.load(best, params))
+    params = lora.with_trained(params, candidates.load(best, lora.trained(params)))
+    common.leave_model(context, stage, params, base)
     accuracy = measured[best]["accuracy"]
     return {"steps": num_steps, "rows": len(rows), "chosen_step": best, "selection_accuracy": accuracy}
 
@@ -241,10 +246,13 @@ class References:
         if source in ("policy", "pit", "srt"):
             self.policies = [common.load_model(context, "rl_policy")]
         elif source == "policy_checkpoint":
-            like = common.shapes(self.model)
+            start = common.shapes(self.model)
+            if context.config.lora.rank:  # candidates are adapters alone
+                start = common.with_adapters(context, "rl_policy", common.load_model(context, "sft_policy"))
             candidates = Candidates(context.workdir.candidates("rl_policy"))
             steps = sorted(candidates.all())[1:-1] or sorted(candidates.all())
-            self.policies = [candidates.load(step, like) for step in steps]
+            of_step = lambda step: lora.with_trained(start, candidates.load(step, lora.trained(start)))  # noqa: E731
+            self.policies = [of_step(step) for step in steps]
         if source == "pit":
             self.pit_model, self.pit = common.model_of(context, previous), common.load_model(context, previous)
         if source == "srt":
@@ -368,8 +376,13 @@ def rl_stage(context: Context, stage: str, settings: PPOConfig, start: str, refe
     by_difference = references is not None and config.r_pit.loss == "r_p_difference"
     reward_name = "r_p" if references is None or by_difference else "r_pit"
     scorer = common.model_of(context, reward_name)
-    reward_params = common.load_model(context, reward_name)
-    ref_params = common.load_model(context, "sft_policy" if references is None else "sft_pit")
+    ref_name = "sft_policy" if references is None else "sft_pit"
+    value_params = common.load_model(context, reward_name)["params"]
+    heads = {k: v for k, v in value_params.items() if k != "backbone"}
+    # With adapters, the state holds the models that it started from: no second copy of their weights is needed.
+    has_adapters = config.lora.rank > 0
+    ref_params = None if has_adapters and start == ref_name else common.load_model(context, ref_name)
+    reward_params = None if has_adapters else common.load_model(context, reward_name)
     optimizer = optimizers.make_optimizer(settings.policy_optimizer, _updates(settings))
     value_optimizer = optimizers.make_optimizer(settings.value_optimizer, _updates(settings))
     window = e.policy_window if references is None else e.pit_window
@@ -411,30 +424,37 @@ def rl_stage(context: Context, stage: str, settings: PPOConfig, start: str, refe
     validation = batch_of(held, [i % 2 == 1 for i in range(len(held))], common.key_of(config, f"{stage}/selection"), 0)
     candidates = Candidates(context.workdir.candidates(stage))
 
+    def frozen(state: ppo.PPOState) -> tuple[Params, Params]:
+        """(ref_policy, reward model)."""
+        reward = reward_params or {"params": lora.base(state.value.params)["params"] | heads}
+        return ref_params or lora.base(state.policy.params), reward
+
     def evaluate(state: ppo.PPOState, step: int) -> None:
-        experience, _, _, metrics = collect(state, ref_params, reward_params, validation.arrays, key)
+        experience, _, _, metrics = collect(state, *frozen(state), validation.arrays, key)
         measured = {name: float(metrics[name][0] / metrics[name][1]) for name in ("kl", "score", "length")}
         texts = text_metrics(context, jax.device_get(experience.rollout), validation)
         measured |= {name: float(value / weight) for name, (value, weight) in texts.items()}
-        candidates.add(step, state.policy.params, measured)
+        candidates.add(step, lora.trained(state.policy.params), measured)
         context.writer.write(stage, step, {f"selection/{k}": v for k, v in measured.items()})
         if step:
             _show(context, stage, step, experience.rollout, validation)
 
     def train_step(state, batch: TextBatch):
-        experience, _, statistics, metrics = collect(state, ref_params, reward_params, batch.arrays, key)
+        experience, _, statistics, metrics = collect(state, *frozen(state), batch.arrays, key)
         rollout = jax.device_get(experience.rollout)
         state, more = update(state, experience, statistics, metrics["kl"][0] / metrics["kl"][1], key)
         return state, metrics | more | text_metrics(context, rollout, batch)  # texts are read while the update runs
 
     # The value model starts as the reward model, with a head of zeros: rewards are normalised, raw scores are not.
-    value_params = {"params": {k: jax.tree.map(jnp.zeros_like, v) if k != "backbone" else v for k, v in
-                               common.load_model(context, reward_name)["params"].items()}}  # fmt: skip
-    state = ppo.create(common.load_model(context, start), value_params, optimizer, value_optimizer, settings.kl_coef)
-    struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)  # noqa: E731
-    policy_like = jax.tree.map(struct, state.policy.params)
-    loop.run(
-        state,
+    value_params = {"params": value_params | jax.tree.map(jnp.zeros_like, heads)}
+    params = loop.run(
+        ppo.create(
+            common.with_adapters(context, stage, common.load_model(context, start)),
+            common.with_adapters(context, stage, value_params, "value/lora"),
+            optimizer,
+            value_optimizer,
+            settings.kl_coef,
+        ),
         stage=stage,
         num_steps=settings.num_iterations,
         batch_at=batch_at,
@@ -444,10 +464,11 @@ def rl_stage(context: Context, stage: str, settings: PPOConfig, start: str, refe
         save_every=settings.save_every,
         evaluate=evaluate,
         eval_every=settings.eval_every,
-    )
+    ).policy.params
     measured = candidates.all()
     chosen, winners = choose_by_kl_bin(measured, settings.num_kl_bins, settings.max_kl)
-    context.workdir.save_model(stage, candidates.load(chosen, policy_like))
+    params = lora.with_trained(params, candidates.load(chosen, lora.trained(params)))
+    common.leave_model(context, stage, params, f"models/{start}")
     return {
         "steps": settings.num_iterations,
         "chosen_step": chosen,

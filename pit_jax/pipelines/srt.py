@@ -36,6 +36,7 @@ from pit_jax.pipelines.samples import Sampler, Step
 from pit_jax.types import PreferenceExample
 
 FIRST_STAGE = {
+    "lora": "sft_policy",
     "sft_policy": "sft_policy",
     "critic": "critic_feedback",
     "critic_feedback": "critic_feedback",
@@ -525,7 +526,7 @@ def srt_stage(context: Context, stage: str, without: str = "", share: float = 1.
     records = [r for r in read_records(context, "critic_feedback") if not r.dropped]
     rows = srt_rows(context, records[: max(1, round(share * len(records)))], without)
     start = lambda: common.load_model(context, "sft_policy")  # noqa: E731
-    return common.likelihood_stage(context, stage, config.policy_model, config.srt, rows, start)
+    return common.likelihood_stage(context, stage, config.policy_model, config.srt, rows, "models/sft_policy", start)
 
 
 def dpo_pairs(context: Context, records: Sequence[Record]) -> list[tuple[list[int], list[int], list[int]]]:
@@ -554,7 +555,7 @@ def dpo_stage(context: Context, number: int) -> dict:
     num_steps = settings.num_steps or max(1, round(settings.num_epochs * len(records) / settings.batch_size))
     optimizer = optimizers.make_optimizer(settings.optimizer, num_steps)
     state = loop.run(
-        train_state.create(ref_params, optimizer),
+        train_state.create(common.with_adapters(context, stage, ref_params), optimizer),
         stage=stage,
         num_steps=num_steps,
         batch_at=pairs.make_pair_batch_at(data, settings.batch_size, common.seed_of(config, stage)),
@@ -572,7 +573,7 @@ def dpo_stage(context: Context, number: int) -> dict:
         writer=context.writer,
         save_every=settings.save_every,
     )
-    context.workdir.save_model(stage, state.params)
+    common.leave_model(context, stage, state.params, f"models/{last}")
     return {"steps": num_steps, "rows": len(records)}
 
 

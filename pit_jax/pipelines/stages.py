@@ -5,6 +5,7 @@ data/                       rows, tokenizer (tokenizer.model, or a folder tokeni
 checkpoints/STAGE/          states of a stage that is running or done
 candidates/STAGE/           parameters among which a stage chooses
 models/STAGE/               the parameters that a stage leaves behind
+adapters/STAGE/             with config.lora: what was trained; it is merged into the above
 feedback/STAGE.jsonl        what critics have said (SRT); feedback/calls: all replies of a server
 stages/STAGE.json           written last: the stage is done, and what it measured
 metrics.jsonl, tensorboard/ training metrics
@@ -25,8 +26,11 @@ from pit_jax import checkpoint, config as config_lib
 from pit_jax.files import read_json, write_json_atomic
 from pit_jax.types import Params
 
-STAGE_FOLDERS = ("models", "candidates", "checkpoints", "samples")
+STAGE_FOLDERS = ("models", "adapters", "candidates", "checkpoints", "samples")
 """Folders in which each stage has a folder of its own."""
+
+ADAPTERS = "adapters.json"
+"""In a folder of adapters, what they are."""
 
 DISCARDING = "discarding.json"
 """Stages whose deletion has begun."""
@@ -150,6 +154,15 @@ class Workdir:
     def save_model(self, stage: str, params: Params) -> None:
         """Leaves the parameters of a stage behind."""
         checkpoint.save(self.root / "models" / stage, 0, params, keep=1)
+
+    def adapters(self, stage: str) -> Path:
+        """Folder of a stage's adapters."""
+        return self.root / "adapters" / stage
+
+    def save_adapters(self, stage: str, trained: Params, description: dict) -> None:
+        """Leaves what was trained beside frozen weights, and what it is: rank, alpha, targets and the base."""
+        checkpoint.save(self.adapters(stage), 0, trained, keep=1)
+        write_json_atomic(self.adapters(stage) / ADAPTERS, description)
 
     def model_digest(self, stage: str) -> str:
         """Names the parameters that a stage has left, by their checksums."""
