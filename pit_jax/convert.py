@@ -304,7 +304,7 @@ def export_peft(source: Path, output: Path, dtype: str = "") -> tuple[hf.Descrip
     """
     _refuse_existing(output)
     description, _ = describe(source)
-    hf.exported_config(description.config, description.family)
+    _, family = hf.exported_config(description.config, description.family)
     folder = source.absolute().parent.parent / "adapters" / source.absolute().name
     if source.absolute().parent.name != "models" or not (folder / ADAPTERS).is_file():
         raise ValueError(
@@ -349,7 +349,7 @@ def export_peft(source: Path, output: Path, dtype: str = "") -> tuple[hf.Descrip
         partial.mkdir()
         hf.write_tensors(partial / PEFT_TENSORS, arrays)
         write_json_atomic(partial / PEFT_CONFIG, values)
-    return description, trained, base
+    return description._replace(family=family), trained, base
 
 
 def read_peft_config(folder: Path, config: ModelConfig, kind: str) -> LoraConfig:
@@ -528,8 +528,9 @@ def convert() -> None:
         count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
         if ids is not None and _TO.value == "peft":
             params = load(source)[1]
+        name = f"{'what was trained of ' * (_TO.value == 'peft')}a {description.kind.replace('_', ' ')}"
         print(
-            f"{output}: a {description.kind.replace('_', ' ')} of family {description.family}, {count:,} parameters, "
+            f"{output}: {name} of family {description.family}, {count:,} parameters, "
             f"{description.config.num_tokens or description.config.vocab_size:,} ids"
         )
         if ids is not None:
