@@ -384,7 +384,7 @@ def test_a_base_of_another_run(finished_srt, cache, tmp_path):
     digests = [read_digest(root) for root in (workdir, tmp_path / "run")]
     assert digests[0] == digests[1] and not (tmp_path / "run" / "models" / "pretrain").exists()
     result = run("-m", "pit_jax.train", "--config=configs/srt_tulu2.py:7b", f"--workdir={tmp_path / 'b'}", cache=cache)
-    assert result.returncode == 2 and "set --config.base=RUN/models/STAGE" in result.stderr
+    assert result.returncode == 2 and "holds no checkpoint of pit_jax: name a RUN/models/STAGE" in result.stderr
 
 
 def read_digest(root):
