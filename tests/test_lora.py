@@ -364,6 +364,8 @@ def test_ppo_starts_at_its_reference_and_keeps_it():
     assert equal(lora.base(state.policy.params), host_parameters(POLICY))
     assert equal(lora.base(state.value.params)["params"]["backbone"], host_parameters(SCORER)["params"]["backbone"])
     assert not equal(state.value.params["params"]["head"], host_parameters(SCORER)["params"]["head"])
+    start = ppo.create(adapted(POLICY), adapted(SCORER), optimizer, optimizer, settings.kl_coef)
+    assert equal(train_state.restored(train_state.saved_part(state), start), state), "both models come back"
 
 
 # --------------------------------------------------------------------------------------------------------------- config
