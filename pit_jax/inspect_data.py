@@ -326,7 +326,8 @@ def _shortened(text: str) -> str:
 
 def prepare(config: Any, folder: Path) -> tuple[Context, dict[str, Any]]:
     """Runs the data stage of a config in an empty folder; what it prints is shown where it fails."""
-    SYSTEMS[type(config)].check(config, {"data"})
+    if not config.tokenizer.path:  # else the data can be seen before the checkpoint is there
+        common.check_start(config)
     context, printed = Context(config, Workdir(folder, config), None), io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):

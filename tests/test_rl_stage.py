@@ -179,8 +179,8 @@ def test_a_round_on_the_data_reads_both_answers_of_every_prompt(run, collected):
     e = context.encoder
     assert sorted(prompts) == sorted(e.pit_prompt(r.prompt, y) for r in ROWS for y in (r.rejected, r.chosen))
     groups = pit.gap_groups(e, ROWS)
-    chosen = {chr(prompt[7]): e.response(r.chosen) for r in ROWS for prompt in [e.pit_prompt(r.prompt, "")]}
-    rows = [prompt + chosen[chr(prompt[7])] for prompt in prompts]
+    chosen = {chr(prompt[8]): e.response(r.chosen) for r in ROWS for prompt in [e.pit_prompt(r.prompt, "")]}
+    rows = [prompt + chosen[chr(prompt[8])] for prompt in prompts]
     assert sorted(rows) == sorted(group[i] for group in groups for i in (0, 1))
 
 
