@@ -203,7 +203,7 @@ def test_scores_equal_those_of_transformers(made, name, tmp_path):
     scores = jax.jit(ScalarModel(config).apply)(params, *arrays)[:, -1]
     print(f"\n{name}: scores {np.abs(scores - expected).max():.1e}")
     assert expected.std() > 0.1
-    np.testing.assert_allclose(scores, expected, atol=1e-4)
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)  # measured: 4.1e-6
 
     again = exported(tmp_path / "out", config, kind, params, family=hf.read_json(folder / "config.json")["model_type"])
     with torch.no_grad():
