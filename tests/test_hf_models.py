@@ -314,7 +314,7 @@ SHAPES = ((3, 9), (8, 2), (1, 5), (4, 4))
 
 def sft_gradients(shape):
     with jax.set_mesh(sharding.make_mesh(*shape, devices=jax.devices()[: shape[0] * shape[1]])):
-        model = Transformer(EVERYTHING)
+        model = Transformer(dataclasses.replace(EVERYTHING, attention_block=5))
         params, rng = random_params(model), np.random.default_rng(1)
         rows = [(list(rng.integers(3, 29, p)), list(rng.integers(3, 29, r))) for p, r in SHAPES]
         batch = sharding.shard_batch(sft.SFTBatch(batches.token_rows(rows, 12)))

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import re
 import runpy
 from pathlib import Path
 
@@ -214,6 +215,34 @@ def test_packed_segments_equal_separate_rows():
     logs = [np.asarray(read(sharding.shard_batch(batch))) for batch in (packed, separate)]
     values = [sorted(x[b.loss_mask[:, 1:]]) for x, b in zip(logs, (packed, separate), strict=True)]
     np.testing.assert_allclose(*values, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sliding_window", [0, 6])
+def test_attention_in_blocks_is_attention(sliding_window):
+    """13 tokens in blocks of 4, 4, 4 and 1: hidden states and gradients as if all were looked at at once."""
+    rng = np.random.default_rng(0)
+    tokens, positions = rng.integers(0, 32, (3, 13)), np.broadcast_to(np.arange(13), (3, 13))
+    segments = np.array([[1] * 13, [1] * 5 + [2] * 6 + [0] * 2, [0] * 3 + [1] * 10])
+    members = np.array([[3] * 4 + [1] * 5 + [2] * 4, [1] * 13, [1] * 13])
+    inputs = put(*(x.astype(np.int32) for x in (tokens, segments, positions, members)))
+    weights = rng.normal(size=(3, 13, 16)).astype(np.float32) * (segments > 0)[..., None]
+    results, square = [], []
+    for block in (13, 4):
+        config = dataclasses.replace(TINY, sliding_window=sliding_window, attention_block=block)
+        model, params = made(config)
+
+        def outputs(params, model=model):
+            hidden, _ = model.apply(params, *inputs[:3], members=inputs[3])
+            return jnp.sum(hidden * weights), hidden
+
+        both = jax.value_and_grad(outputs, has_aux=True)
+        (_, hidden), grads = jax.jit(both)(params)
+        results.append((np.asarray(hidden) * (segments > 0)[..., None], grads))
+        square.append("f32[3,2,2,13,13]" in re.sub("@[a-z]+", "", str(jax.make_jaxpr(both)(params))))
+    assert square == [True, False]  # scores of all with all
+    (whole, whole_grads), (blocks, block_grads) = results
+    np.testing.assert_allclose(blocks, whole, rtol=1e-5, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), block_grads, whole_grads)
 
 
 def test_target_positions_alone_give_the_same_loss():

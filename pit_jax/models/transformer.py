@@ -105,6 +105,80 @@ def project(x: Array, weight: Array, spec: jax.P) -> Array:
     return jnp.reshape(out, (B, T, *weight.shape[inner:]), out_sharding=spec)
 
 
+class Places(NamedTuple):
+    """Where tokens stand, which decides who sees whom.
+
+    Attributes:
+      slots: [T] int32, place in the sequence: nothing sees what comes behind it.
+      segments, positions, members: [B, T] int32, as in `Transformer.__call__`.
+    """
+
+    slots: Array
+    segments: Array
+    positions: Array
+    members: Array | None = None
+
+    def cut(self, start: int, stop: int) -> "Places":
+        """Those of the tokens from start to stop."""
+        rows = (None if x is None else x[:, start:stop] for x in self[1:])
+        return Places(self.slots[start:stop], *rows)
+
+
+def sight(queries: Places, keys: Places, reach: Array | None = None) -> Array:
+    """[B, T, S] bool: which keys a query sees.
+
+    Args:
+      queries: T of them.
+      keys: S of them.
+      reach: a key is seen where it stands less than this before the query; None: however far. By positions: between a
+        token and its past may lie padding, or what other rows go on with.
+    """
+    by_query = lambda x: x[:, :, None]  # noqa: E731
+    by_key = lambda x: x[:, None, :]  # noqa: E731
+    seen = queries.slots[:, None] >= keys.slots[None, :]
+    seen &= (by_query(queries.segments) == by_key(keys.segments)) & (by_key(keys.segments) > 0)
+    if queries.members is not None:
+        seen &= (by_query(queries.members) & ~by_key(keys.members)) == 0
+    if reach is not None:
+        seen &= by_query(queries.positions) - by_key(keys.positions) < reach
+    return seen
+
+
+def attention_in_blocks(
+    q: Array, k: Array, v: Array, places: Places, reach: Array | None = None, block: int = 128, **kwargs
+) -> Array:
+    """`attention` of a sequence to itself, `block` queries at a time, each block to what does not come behind it.
+
+    Scores are made again for the gradient, so memory grows with T times `block` and not with T squared, and half of
+    the square is never made:
+
+               keys
+             q # . . .        # made, . not made
+             u # # . .
+             e # # # .
+             r # # # #
+
+    Args:
+      q: [B, T, K, G, H].
+      k, v: [B, T, K, H].
+      places: of the T tokens, whose slots ascend.
+      reach: of `sight`.
+      block: queries at a time.
+      **kwargs: of `attention`.
+    """
+
+    @jax.checkpoint
+    def of_block(q, k, v, queries, keys, reach):
+        return attention(q, k, v, sight(queries, keys, reach), **kwargs)
+
+    T = q.shape[1]
+    blocks = [
+        of_block(q[:, a:b], k[:, :b], v[:, :b], places.cut(a, b), places.cut(0, b), reach)
+        for a, b in ((a, min(a + block, T)) for a in range(0, T, block))
+    ]
+    return jnp.concatenate(blocks, axis=1)
+
+
 def attention(q: Array, k: Array, v: Array, mask: Array, query_scale: float = 0.0, softcap: float = 0.0) -> Array:
     """Grouped-query attention.
 
@@ -190,26 +264,26 @@ class Block(nn.Module):
         low = project(x, adapter["a"], self.rules.spec("batch", None, None))
         return out + project(low * cast(self.get_variable("lora", "scale")), adapter["b"], spec)
 
-    def _sight(self, layer: Array, masks: tuple[Array, Array | None]) -> tuple[Array, Array]:
-        """(mask, rotary frequencies) of a layer: all in which layers with a window differ from the others."""
+    def _kind(self, layer: Array) -> tuple[Array | None, Array]:
+        """(reach of `sight`, rotary frequencies) of a layer: all in which layers with a window differ from others."""
         c = self.config
-        everything, window = masks
         far, near = rotary_frequencies(c)
         if not c.sliding_window:
-            return everything, far
+            return None, far
         if not c.global_every:
-            return window, near
+            return jnp.int32(c.sliding_window), near
         is_global = (layer + 1) % c.global_every == 0
-        return jnp.where(is_global, everything, window), jnp.where(is_global, far, near)
+        reach = jnp.where(is_global, jnp.iinfo(jnp.int32).max, c.sliding_window)
+        return reach, jnp.where(is_global, far, near)
 
     @nn.compact
-    def __call__(self, carry, positions: Array, masks: tuple[Array, Array | None]):
+    def __call__(self, carry, queries: Places, keys: Places):
         x, cache, layer = carry
         c, rules = self.config, self.rules
         D, F, K, H = c.d_model, c.mlp_dim, c.num_kv_heads, c.head_dim
         G = c.num_heads // K
         out_scale = (2 * c.num_layers) ** -0.5
-        mask, frequency = self._sight(layer, masks)
+        reach, frequency = self._kind(layer)
 
         with jax.named_scope("attention"):
             y = self._norm("attention_norm")(x)
@@ -224,10 +298,14 @@ class Block(nn.Module):
                 k, v = self._biased("k_bias", k, ("heads", None)), self._biased("v_bias", v, ("heads", None))
             if c.qk_norm:
                 q, k = self._norm("q_norm")(q), self._norm("k_norm")(k)
-            q, k = rotary(q, positions, frequency), rotary(k, positions, frequency)
+            q, k = rotary(q, queries.positions, frequency), rotary(k, queries.positions, frequency)
             if cache is not None:
                 cache, k, v = _update_cache(cache, layer, k, v)
-            y = attention(q, k, v, mask, c.query_scale, c.attention_softcap)
+            how = {"query_scale": c.query_scale, "softcap": c.attention_softcap}
+            if cache is None and x.shape[1] > c.attention_block:
+                y = attention_in_blocks(q, k, v, queries, reach, c.attention_block, **how)
+            else:
+                y = attention(q, k, v, sight(queries, keys, reach), **how)
             start = None
             if c.copy_init:
                 # Heads that pass on what they attend to: without this a small model needs several times the steps
@@ -323,23 +401,15 @@ class Transformer(nn.Module):
           (hidden [B, T, D], the cache with the new tokens, or None).
         """
         c, T = self.config, tokens.shape[1]
-        if cache is None:
-            query_slot, key_segments, key_positions = jnp.arange(T), segments, positions
-        else:
-            key_segments = jax.lax.dynamic_update_slice(cache.segments, segments, (0, cache.index))
-            key_positions = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cache.index))
-            query_slot = cache.index + jnp.arange(T)
-            cache = cache._replace(segments=key_segments, positions=key_positions)
-        causal = query_slot[:, None] >= jnp.arange(key_segments.shape[1])[None, :]
-        mask = causal & (segments[:, :, None] == key_segments[:, None, :]) & (key_segments[:, None, :] > 0)
-        if members is not None:
-            assert cache is None, "rows that share tokens are read in one go"
-            mask &= (members[:, :, None] & ~members[:, None, :]) == 0
-        window = None
-        if (
-            c.sliding_window
-        ):  # by positions: between a token and its past may lie padding, or what other rows go on with
-            window = mask & (positions[:, :, None] - key_positions[:, None, :] < c.sliding_window)
+        assert cache is None or members is None, "rows that share tokens are read in one go"
+        queries = keys = Places(jnp.arange(T), segments, positions, members)
+        if cache is not None:
+            write = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, cache.index))  # noqa: E731
+            cache = cache._replace(
+                segments=write(cache.segments, segments), positions=write(cache.positions, positions)
+            )
+            queries = queries._replace(slots=cache.index + queries.slots)
+            keys = Places(jnp.arange(cache.segments.shape[1]), cache.segments, cache.positions)
 
         # The whole table is gathered for the look-up: rows of a table that is sharded over the vocabulary cannot be
         # picked by index without either this or a one-hot product over V.
@@ -347,7 +417,7 @@ class Transformer(nn.Module):
         x = table.at[tokens].get(out_sharding=self.rules.spec("batch", None, None))
         if c.embedding_scale:
             x = x * c.d_model**0.5
-        (x, cache, _), _ = self.layers((x, cache, jnp.int32(0)), positions, (mask, window))
+        (x, cache, _), _ = self.layers((x, cache, jnp.int32(0)), queries, keys)
         if cache is not None:
             cache = cache._replace(index=cache.index + T)
         return self.norm(x), cache
