@@ -22,10 +22,10 @@ def get_config(variant: str = "small") -> ml_collections.ConfigDict:
     """`variant`: small, or smoke: a small run of every stage."""
     if variant not in ("small", "smoke"):
         raise ValueError(f"configs/pit_hh_rlhf.py has no variant {variant!r}: use :small or :smoke")
-    model = c.ModelConfig(vocab_size=4096, num_layers=4, d_model=256, num_heads=8, num_kv_heads=4, mlp_dim=768)
+    model = c.ModelConfig(vocab_size=4096, num_layers=4, d_model=128, num_heads=4, num_kv_heads=2, mlp_dim=384)
     adam = lambda rate, **kw: c.OptimizerConfig(learning_rate=rate, **kw)  # noqa: E731
     decayed = lambda rate, name="adamw": adam(rate, name=name, schedule="cosine", warmup_fraction=0.05)  # noqa: E731
-    sft = c.SFTConfig(optimizer=decayed(1e-3), batch_size=8, num_epochs=2.0, sequence_length=1280)
+    sft = c.SFTConfig(optimizer=decayed(1e-3), batch_size=8, num_epochs=1.0, sequence_length=1280)
     reward = c.RewardModelConfig(optimizer=decayed(3e-4), batch_size=8, num_epochs=2.0, eval_every=25, save_every=25)
     ppo = c.PPOConfig(
         policy_optimizer=adam(1e-4, warmup_fraction=0.1),
@@ -54,9 +54,9 @@ def get_config(variant: str = "small") -> ml_collections.ConfigDict:
         reward_model=model,
         pretrain=c.PretrainConfig(
             sft=dataclasses.replace(
-                sft, optimizer=decayed(5e-3, "muon"), num_epochs=1.0, batch_size=8, loss_on_prompt=True
+                sft, optimizer=decayed(5e-3, "muon"), batch_size=12, sequence_length=832, loss_on_prompt=True
             ),
-            text_tokens=8_000_000,
+            text_tokens=3_000_000,
         ),
         sft_policy=sft,
         sft_pit=sft,

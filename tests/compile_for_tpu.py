@@ -21,9 +21,10 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from pit_jax import optimizers, sampling, sharding, train_state
-from pit_jax.config import ModelConfig, OptimizerConfig, PPOConfig, SamplingConfig
+from pit_jax.config import LAYER_MATRICES, LoraConfig, ModelConfig, OptimizerConfig, PPOConfig, SamplingConfig
 from pit_jax.data.pairs import PairBatch
 from pit_jax.learners import dpo, ppo, reward_model, sft
+from pit_jax.models import lora
 from pit_jax.models.transformer import ScalarModel, Transformer
 from pit_jax.types import PromptBatch, Rollout, ScoreBatch, TokenBatch
 
@@ -69,7 +70,8 @@ def main(data: int, model: int, dtype: str, remat: str, chunk_size: int) -> dict
         return on_mesh(jax.eval_shape(init, key, rows))
 
     def state(params, optimizer=adamw):
-        return on_mesh(jax.eval_shape(lambda p: train_state.TrainState(jnp.int32(0), p, optimizer.init(p)), params))
+        start = lambda p: train_state.TrainState(jnp.int32(0), p, optimizer.init(lora.trained(p)))  # noqa: E731
+        return on_mesh(jax.eval_shape(start, params))
 
     with jax.set_mesh(mesh):
         policy, reward = parameters(decoder, Transformer.full_logits), parameters(scalar)
@@ -84,6 +86,8 @@ def main(data: int, model: int, dtype: str, remat: str, chunk_size: int) -> dict
             ),
             max_new_tokens=R, eos_id=2,
         )  # fmt: skip
+        targets = LoraConfig(rank=8, targets=LAYER_MATRICES)
+        adapted = lambda params: on_mesh(jax.eval_shape(lambda p: lora.add(p, targets, jax.random.key(0)), params))  # noqa: E731
         number = array((), jnp.float32)
         ppo_state = ppo.PPOState(
             array((), jnp.int32), state(policy), state(reward), number, ppo.ScoreStatistics(number, number, number)
@@ -105,6 +109,7 @@ def main(data: int, model: int, dtype: str, remat: str, chunk_size: int) -> dict
                 policy, batch.prompts, key,
             ),
         }  # fmt: skip
+        adapted_state = ppo_state._replace(policy=state(adapted(policy)), value=state(adapted(reward)))
         pairs = PairBatch(
             *(ints(B, T) for _ in range(3)), *(ints(B, 2 * R) for _ in range(3)), array((B, 2), jnp.float32)
         )
@@ -117,6 +122,13 @@ def main(data: int, model: int, dtype: str, remat: str, chunk_size: int) -> dict
                 f"sft_{name}": (sft_step, state(policy, optimizer), sft.SFTBatch(tokens)),
                 f"r_p_{name}": (step, state(reward, optimizer), groups(2, T)),
                 f"r_pit_{name}": (step, state(reward, optimizer), groups(4, 2 * T)),
+            }
+        if model > 1:  # adapters take the layout of their weights: it is on this mesh that they can go wrong
+            dpo_step = dpo.make_train_step(decoder, adamw, beta=0.1, chunk_size=chunk_size)
+            programs |= {
+                "dpo_lora": (dpo_step, state(adapted(policy)), pairs),
+                "ppo_collect_lora": (collect, adapted_state, policy, reward, batch, key),
+                "ppo_update_lora": (update, adapted_state, on_mesh(experience), on_mesh(statistics), number, key),
             }
         return {
             name: program.lower(*arguments).compile().memory_analysis().temp_size_in_bytes

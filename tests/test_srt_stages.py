@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 from commands import SRT_CONFIG as CONFIG, run, start, train
 
-from pit_jax.config import FeedbackConfig
+from pit_jax import checkpoint, config as config_lib
+from pit_jax.config import FeedbackConfig, LoraConfig
 from pit_jax.data import pairs
 from pit_jax.data.feedback import Feedback
+from pit_jax.files import read_json
 from pit_jax.learners import dpo
 from pit_jax.metrics import MetricsWriter
+from pit_jax.models import lora
 from pit_jax.pipelines import common, critics, srt
 
 
@@ -79,6 +82,31 @@ def test_dpo_prefers_the_refinements_that_were_kept(copy):
     )
     margins = (after - before) @ np.array([1.0, -1.0])
     assert np.mean(margins > 0) > 0.8, margins
+
+
+def test_dpo_with_adapters_starts_at_its_reference_and_leaves_them_merged(copy):
+    """ref_policy is the base of the adapters: log 2 at the start, and M_self with A B added to it at the end."""
+    rows = copy.rows["rl"][:4]
+    srt.write_records(copy, "self_feedback_1", [record(r, i, r.rejected, r.chosen) for i, r in enumerate(rows)])
+    copy.workdir.discard("dpo_1")
+    (copy.workdir.root / "metrics.jsonl").write_text("")
+    optimizer = dataclasses.replace(copy.config.dpo.optimizer, learning_rate=3e-2, schedule="constant")
+    config = LoraConfig(rank=2, alpha=4.0, targets=("q", "down"))
+    context = with_config(copy, lora=config, dpo={"batch_size": 4, "num_steps": 6, "optimizer": optimizer})
+    srt.dpo_stage(context, 1)
+    losses = step_losses(context, "dpo_1")
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6) and losses[-1] < 0.6
+
+    base, left = (common.load_model(context, stage) for stage in ("srt", "dpo_1"))
+    folder = context.workdir.adapters("dpo_1")
+    assert read_json(folder / "adapters.json")["base"] == "models/srt"
+    fresh = lora.add(base, config, jax.random.key(0))
+    adapters = checkpoint.restore(folder, 0, lora.trained(fresh))
+    merged = lora.merge(lora.with_trained(fresh, adapters))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-7), left, merged)
+    changed = {name for name, w in left["params"]["layers"].items() if name in config_lib.LAYER_MATRICES
+               and not np.array_equal(w, base["params"]["layers"][name])}  # fmt: skip
+    assert changed == {"q", "down"}
 
 
 def test_a_round_without_pairs_leaves_the_model_as_it_is(copy):
