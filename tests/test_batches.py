@@ -31,7 +31,10 @@ def test_packed_rows_by_hand():
     np.testing.assert_array_equal(batch.tokens, [[1, 5, 6, 2, 1, 2], [1, 7, 2, 9, 0, 0]])
     np.testing.assert_array_equal(batch.segments, [[1, 1, 1, 1, 2, 2], [1, 1, 1, 2, 0, 0]])
     np.testing.assert_array_equal(batch.positions, [[0, 1, 2, 3, 0, 1], [0, 1, 2, 0, 0, 0]])
-    np.testing.assert_array_equal(batch.loss_mask, [[0, 0, 1, 1, 0, 1], [0, 1, 1, 1, 0, 0]])
+    np.testing.assert_array_equal(batch.loss_mask, [[0, 0, 1, 1, 0, 1], [0, 1, 1, 0, 0, 0]])
+    # Without BOS: the first token of a row would be learnt from the row before it.
+    whole = batches.packed_rows([([], [5, 6, 2]), ([], [7, 8, 2])], 6, loss_on_prompt=True)
+    np.testing.assert_array_equal(whole.loss_mask, [[0, 1, 1, 0, 1, 1]])
     # Only the newest sequence is open: 4 | 3, 2, 1.
     np.testing.assert_array_equal(
         batches.packed_rows(rows, 6, open_sequences=1).tokens, [[1, 5, 6, 2, 0, 0], [1, 7, 2, 1, 2, 9]]

@@ -72,7 +72,7 @@ def packed_rows(
                 batch.loss_mask[j, at:end] = loss_on_prompt or turn % 2 == 1
             batch.segments[j, start:end] = segment
             batch.positions[j, start:end] = np.arange(end - start)
-            batch.loss_mask[j, start] &= len(rows[i][0]) == 0  # the first token follows nothing
+            batch.loss_mask[j, start] = False  # what stands before it in the sequence is another row
     return batch
 
 
