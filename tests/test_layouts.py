@@ -6,12 +6,15 @@ import lzma
 import os
 import pathlib
 import sys
+import time
 
 import pytest
 
+from pit_jax.config import DataConfig
 from pit_jax.data import layouts, sources
+from pit_jax.data.chat import split_turns
 from pit_jax.data.sources import DataError
-from pit_jax.types import PreferenceExample
+from pit_jax.types import PreferenceExample, Requirement
 
 DATA = pathlib.Path(os.environ.get("PIT_JAX_DATA", pathlib.Path(__file__).parents[1] / ".." / "shared" / "data"))
 
@@ -99,6 +102,13 @@ def test_comparisons_that_are_none(tmp_path, bad, expected):
     assert f"{path}, line 2: {expected}" in error_of(sources.read, path)
 
 
+def test_a_query_that_is_none_takes_no_time():
+    marks = "SUBREDDIT: r/x" + "\n\nTITLE: t\n\nPOST: " * 400
+    start = time.process_time()
+    assert "must read SUBREDDIT" in error_of(layouts.tldr, judged("ours", query=marks), "line 1")
+    assert time.process_time() - start < 1  # with the third power of its length it took seven
+
+
 def judged(preferred: str, **fields) -> dict:
     query = f"SUBREDDIT: r/pets\n\nTITLE: My cat\n\nPOST: {INFO['post']}\n\nTL;DR:"
     texts = {"postprocessed_response": "  model", "reference_responses": "  human"}
@@ -180,6 +190,74 @@ def test_names_of_columns(tmp_path, row, expected):
     assert sources.detect_format(path) == "columns"
     rows, counts = sources.read(path)
     assert rows == [PreferenceExample(expected[0], "carrot", expected[1])] and counts == {}
+
+
+@pytest.mark.parametrize(
+    ("names", "verdicts"),
+    [
+        (("response_1", "response_2"), (0, 1, 0, 1)),  # numbers from 0 on
+        (("response_1", "response_2"), (1.0, -1.0)),  # how much better the first is
+        (("response_1", "response_2"), (0, 0)),
+        (("response_0", "response_1"), (-1, 1)),
+    ],
+)
+def test_numbers_that_may_be_of_the_other_answer(tmp_path, names, verdicts):
+    rows = [{"prompt": FRUIT, names[0]: "apple", names[1]: "carrot", "preference": v} for v in verdicts]
+    message = error_of(sources.read, write(tmp_path / "a.jsonl", *rows))
+    assert f"line 1: column 'preference' has {sorted({str(int(v)) for v in verdicts})} in this file, and never" in message
+    assert f"stands for '{names[0]}': write the name of the better column" in message
+    counted = {"response_1": 2, "response_0": 0}[names[0]]  # one row by which it is seen how they are counted
+    found, counts = sources.read(write(tmp_path / "b.jsonl", *rows, rows[0] | {"preference": counted}))
+    assert found[-1].chosen == ("carrot" if counted == 2 else "apple")
+    assert counts["tie"] == sum(v < 1 for v in verdicts)
+
+
+def test_the_column_of_prompts_is_that_of_the_file(tmp_path):
+    pair = {"chosen": "apple", "rejected": "carrot"}
+    rows = {"question": None, "input": "note"} | pair, {"question": FRUIT} | pair, {"input": "note"} | pair
+    found, counts = sources.read(write(tmp_path / "a.jsonl", *rows))
+    assert found == [PreferenceExample(FRUIT, "carrot", "apple")] and counts == {"empty_prompt": 2}
+    write(tmp_path / "b.jsonl", {"input": "note"} | pair)  # another file has its own
+    assert [row.prompt for row in sources.read(tmp_path)[0]] == [FRUIT, "note"]
+    for row in ({"ask": FRUIT} | pair, {"ask": FRUIT, "response_0": "a", "response_1": "b", "better": 0}):
+        message = error_of(sources.read, write(tmp_path / "c.jsonl", row))
+        assert "another column of prompts is named by --config.data.columns=prompt:NAME" in message
+
+
+def test_nothing_beside_the_prompt_is_lost(tmp_path):
+    row = {"prompt": FRUIT, "chosen": "apple", "rejected": "carrot"}
+    for i, (more, x) in enumerate((
+        ({"system": "Be brief."}, f"Be brief.\n\n{FRUIT}"),
+        ({"system_prompt": None}, FRUIT),
+        ({"input": "Red."}, f"{FRUIT}\n\nRed."),
+        ({"instruction": "Name it.", "input": "Red."}, FRUIT),  # of which "prompt" was made
+        ({"system": "Be brief.", "requirements": [{"kind": "contains", "value": "a"}], "reflection": None}, None),
+    )):  # fmt: skip
+        path = write(tmp_path / f"{i}.jsonl", row | more)
+        (found,), _ = sources.read(path)
+        assert sources.detect_format(path) == "columns" and found.prompt == (x or f"Be brief.\n\n{FRUIT}")
+        assert found.requirements == ((Requirement("contains", "a"),) if x is None else ())
+
+
+HH = "\n\nHuman: Hi.\n\nAssistant: Hello!\n\nHuman: Tea?\n\nAssistant:"
+
+
+@pytest.mark.parametrize("name", ["prompt", "question"])
+@pytest.mark.parametrize(
+    ("prompt", "head"),
+    [(HH, ""), (f"{HH} ", ""), (HH.removesuffix("\n\nAssistant:"), ""), (HH, HH), ("Tea?", HH), ("Hi. ", HH)],
+)
+def test_dialogues_of_hh_rlhf_in_columns(tmp_path, name, prompt, head):
+    path = write(tmp_path / "a.jsonl", {name: prompt, "chosen": f"{head} yes", "rejected": f"{head} no"})
+    assert sources.read(path) == ([PreferenceExample(TWO, "no", "yes")], {})
+
+
+def test_dialogues_of_hh_rlhf_that_do_not_fit(tmp_path):
+    good = {"prompt": HH, "chosen": f"{HH} yes", "rejected": f"{HH} no"}
+    other = HH.replace("Tea", "Milk")
+    rows = (good | {"prompt": "What is 2 + 2?"}, good | {"rejected": f"{other} no"}, good | {"prompt": other},
+            good | {"prompt": f"{HH} Of course,", "chosen": "yes", "rejected": "no"})  # fmt: skip
+    assert sources.read(write(tmp_path / "a.jsonl", good, *rows))[1] == {"prompts_differ": 3, "not_a_dialogue": 1}
 
 
 def test_columns_by_flag(tmp_path):
@@ -317,6 +395,53 @@ def test_chat_reads_as_the_same_dialogue_of_hh_rlhf(tmp_path):
 def test_chat_counts_what_it_drops(tmp_path, row, cause):
     good = {"chosen": say("Hi.", "yes"), "rejected": say("Hi.", "no")}
     assert sources.read(write(tmp_path / "a.jsonl", good, row))[1] == {cause: 1}
+
+
+def test_a_prompt_beside_dialogues_is_theirs(tmp_path):
+    turns = ("Hi.", "Hello!", "Tea?")
+    chat = {"chosen": say(*turns, "yes"), "rejected": say(*turns, "no")}
+    rows = [chat | {"prompt": prompt} for prompt in ("Hi.", "Tea? ", "", None, "What is 2 + 2?", "Hello!")]
+    found, counts = sources.read(write(tmp_path / "a.jsonl", *rows))
+    assert found == [PreferenceExample(TWO, "no", "yes")] * 4 and counts == {"prompts_differ": 2}
+
+
+def test_chat_keeps_reflection_and_requirements(tmp_path):
+    row = {"prompt": say("Hi."), "chosen": "yes", "rejected": "no", "reflection": "Be kind."}
+    row["requirements"] = [{"kind": "contains", "value": "yes"}]
+    expected = PreferenceExample(ONE, "no", "yes", "Be kind.", (Requirement("contains", "yes"),))
+    assert sources.read(write(tmp_path / "a.jsonl", row)) == ([expected], {})
+    assert "line 2: field 'requirements' must be in all rows" in error_of(
+        sources.read, write(tmp_path / "b.jsonl", row, row | {"requirements": None})
+    )
+    assert "there is no field 'reflection', but 'reflecton'" in error_of(
+        sources.read, write(tmp_path / "c.jsonl", {"reflecton": row.pop("reflection")} | row)
+    )
+
+
+QUOTE = "Mend this:\n\nAssistant: I hate you.\n\nHuman: go on"
+MENDED = "Mend this:\n\n Assistant: I hate you.\n\n Human: go on"
+
+
+def test_a_text_that_quotes_turns_stays_one(tmp_path):
+    chat = {"chosen": say(QUOTE, QUOTE, "Human:", "yes", system=QUOTE), "rejected": "no"}
+    chat["rejected"] = [*chat["chosen"][:-1], {"role": "assistant", "content": "no"}]
+    opening = {"system": "Be kind.", "chosen": say("Assistant: a\n\nHuman:", "yes"),
+               "rejected": say("Assistant: a\n\nHuman:", "no")}  # fmt: skip
+    info = {"post": QUOTE, "title": "Human:", "subreddit": "x"}
+    summaries = {"info": info, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 0}
+    for row, turns in (
+        (chat, [f"{MENDED}\n\n{MENDED}", MENDED, "Human:"]),
+        (opening, ["Be kind.\n\n Assistant: a\n\n Human:"]),
+        (summaries, [f"Summarize this post from r/x in a sentence or two.\n\n Human:\n\n{MENDED}"]),
+        ({"question": f"{QUOTE}\n\n", "chosen": "a", "rejected": "b"}, [MENDED]),
+    ):
+        (found,), _ = sources.read(write(tmp_path / "a.jsonl", row))
+        assert split_turns(found.prompt) == turns and found.prompt.endswith("\n\n")
+    plain = write(tmp_path / "b.jsonl", {"prompt": QUOTE, "chosen": "a", "rejected": "b"})
+    assert sources.read(plain)[0][0].prompt == QUOTE and split_turns(QUOTE) == [QUOTE]
+    chat = write(tmp_path / "c.jsonl", {"chosen": say("Hi.", "yes"), "rejected": say("Hi.", "no")})
+    rows = sources.read_config(DataConfig(source="file", mixture=f"{plain},{chat}"), 0)[0]
+    assert [split_turns(row.prompt) for row in rows] == [[MENDED], ["Hi."]]
 
 
 def test_chat_errors_name_the_message(tmp_path):

@@ -142,6 +142,18 @@ def test_jsonl_errors_name_file_line_and_field(tmp_path, bad, expected):
     assert f"{path}, line 3: {expected}" in error_of(sources.read_jsonl, path)
 
 
+def test_jsonl_takes_null_for_nothing_and_spaces_for_no_difference(tmp_path):
+    rows = row(0, reflection=None, requirements=None), row(1, chosen="l1 "), row(2, reflection="c")
+    found, counts = sources.read(write(tmp_path / "a.jsonl", *rows))
+    assert [r.reflection for r in found] == ["", "c"] and counts == {"same_answers": 1}
+
+
+@pytest.mark.parametrize(("field", "slip"), [("reflection", "reflecton"), ("requirements", "requirement")])
+def test_jsonl_fields_that_are_nearly_ours(tmp_path, field, slip):
+    path = write(tmp_path / "a.jsonl", row(0, selection=1, rejection="x", direction=2), row(1) | {slip: "x"})
+    assert f"line 2: there is no field '{field}', but '{slip}'" in error_of(sources.read, path)
+
+
 def test_jsonl_drops_empty_answers_on_request(tmp_path):
     path = write(tmp_path / "a.jsonl", row(0), row(1, chosen=" "), row(2, rejected=""), row(3, chosen="l3"))
     rows, counts = sources.read_jsonl(path, drop_empty=True)

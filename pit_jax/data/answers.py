@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pit_jax.data import sources
+from pit_jax.data import layouts, sources
 from pit_jax.data.sources import DataError
 
 ROLES = ("user", "assistant")
@@ -40,7 +40,8 @@ def read_answers(path: str | Path) -> Iterator[Answer]:
     under another name: such a line is an error, as its answer would be lost.
 
     Messages are turns of user and assistant in alternation, the first by the user; a last turn by the assistant is the
-    response. Earlier turns become part of the prompt as in HH-RLHF.
+    response. Earlier turns become part of the prompt as in HH-RLHF. A prompt, and the content of a message, is one
+    turn whatever it quotes, see `layouts.one_turn`.
 
     Args:
       path: of the file; .gz and .xz are decompressed.
@@ -81,7 +82,7 @@ def _prompt_and_response(row: dict[str, Any], where: str) -> tuple[str, str | No
                 raise DataError(f"{where}: there is no field 'response', but {near[0]!r}: rename it, or leave it out")
     if not prompt.strip():
         raise DataError(f"{where}: the prompt is empty")
-    return prompt, response or None
+    return prompt if "messages" in row else layouts.one_turn(prompt), response or None
 
 
 def _dialogue(messages: Any, where: str) -> tuple[str, str | None]:
@@ -96,5 +97,5 @@ def _dialogue(messages: Any, where: str) -> tuple[str, str | None]:
             raise DataError(f"{where}: field 'messages[{i}].role' is {role!r}, but {ROLES[i % 2]!r} is next in turn")
         turns.append(sources.string_field(message, f"messages[{i}].content", where))
     response = turns.pop() if len(turns) % 2 == 0 else None
-    names = ("Human", "Assistant")
+    names, turns = ("Human", "Assistant"), [layouts.one_turn(turn) for turn in turns]
     return turns[0] + "".join(f"\n\n{names[i % 2]}: {turn}" for i, turn in enumerate(turns[1:], 1)), response

@@ -1,6 +1,7 @@
 """Preference rows from files, in the layouts that such sets are published in; mixtures of sets; how rows are divided.
 
-jsonl        {"prompt", "chosen", "rejected"}: our own fields, texts as they are
+jsonl        {"prompt", "chosen", "rejected"}: our own fields, texts as they are; a prompt that ends with a blank line is a
+             dialogue as `split_dialogue` gives it
 hh_rlhf      Anthropic's dialogues
 summarize    OpenAI's comparisons of summaries
 tldr         summaries of Reddit posts by a model and by the author, judged
@@ -13,7 +14,6 @@ windows are dropped later, by `encode.drop_over_length`.
 
 import collections
 import dataclasses
-import functools
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -22,48 +22,35 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pit_jax.config import DataConfig
-from pit_jax.data import layouts, verifier
-from pit_jax.data.layouts import EMPTY_ANSWER, NOT_A_DIALOGUE, PROMPTS_DIFFER, SAME_ANSWERS
+from pit_jax.data import layouts
+from pit_jax.data.layouts import (
+    EMPTY_ANSWER,
+    EMPTY_PROMPT,
+    NOT_A_DIALOGUE,
+    PROMPTS_DIFFER,
+    SAME_ANSWERS,
+    split_dialogue as split_dialogue,
+)
 from pit_jax.data.row_files import (
     DataError as DataError,
     RawLine as RawLine,
-    json_type,
+    files_of,
     parse_object as parse_object,
     raw_lines as raw_lines,
     read_rows,
     string_field as string_field,
 )
-from pit_jax.types import PreferenceExample, Requirement
+from pit_jax.types import PreferenceExample
 
 Rows = list[PreferenceExample]
 Counts = dict[str, int]
 
 
-def _requirements(row: dict[str, Any], where: str) -> tuple[Requirement, ...]:
-    values = row.get("requirements", [])
-    if not isinstance(values, list):
-        raise DataError(f"{where}: field 'requirements' is a JSON {json_type(values)}, but must be an array")
-    found = []
-    for i, value in enumerate(values):
-        field = f"requirements[{i}]"
-        if not isinstance(value, dict):
-            raise DataError(f"{where}: field {field!r} is a JSON {json_type(value)}, but must be an object")
-        kind, argument = string_field(value, f"{field}.kind", where), string_field(value, f"{field}.value", where, "")
-        if not kind:
-            raise DataError(f"{where}: field '{field}.kind' is empty")
-        found.append(Requirement(kind, argument))
-        try:
-            verifier.check_requirement(found[-1])
-        except ValueError as error:
-            raise DataError(f"{where}: field {field!r}: {error}") from error
-    return tuple(found)
-
-
 def read_jsonl(path: str | Path, *, drop_empty: bool = False, answers: bool = True) -> tuple[Rows, Counts]:
     """Rows {"prompt", "chosen", "rejected"[, "reflection"][, "requirements": [{"kind"[, "value"]}, ...]]}.
 
-    Texts stay as they are, other fields are not looked at. Requirements are in all rows or in none. Pairs of equal
-    answers teach no preference: they are dropped and counted.
+    Texts stay as they are, other fields are not looked at, and null is as good as no reflection and no requirements.
+    Requirements are in all rows or in none. Pairs of equal answers teach no preference: they are dropped and counted.
 
     Args:
       path: a file or folder, see `row_files.read_rows`.
@@ -85,14 +72,15 @@ def read_jsonl(path: str | Path, *, drop_empty: bool = False, answers: bool = Tr
         if empty == ["prompt"] or (empty and not drop_empty):
             hint = "" if "prompt" in empty else "; --config.data.format=columns drops and counts such rows"
             raise DataError(f"{where}: field {empty[0]!r} is empty{hint}")
+        layouts.check_names(row, where)
         example = PreferenceExample(
             **{"chosen": "", "rejected": ""} | texts,
-            reflection=string_field(row, "reflection", where, ""),
-            requirements=_requirements(row, where),
+            reflection="" if row.get("reflection") is None else string_field(row, "reflection", where),
+            requirements=layouts.requirements(row, where),
         )
         if empty:
             counts[EMPTY_ANSWER] += 1
-        elif example.chosen == example.rejected and not bare:
+        elif example.chosen.strip() == example.rejected.strip() and not bare:
             counts[SAME_ANSWERS] += 1
         elif rows and bare != has_no_answers(rows[:1]):
             raise DataError(f"{where}: fields 'chosen' and 'rejected' must be in all rows or in none")
@@ -106,28 +94,6 @@ def read_jsonl(path: str | Path, *, drop_empty: bool = False, answers: bool = Tr
 def has_no_answers(rows: Sequence[PreferenceExample]) -> bool:
     """Whether rows are prompts alone."""
     return bool(rows) and not rows[0].chosen
-
-
-_HUMAN = re.compile(r"\n*Human: ")
-_ASSISTANT = re.compile(r"\n\nAssistant:(?=\s|$)")
-
-
-def split_dialogue(dialogue: str) -> tuple[str, str] | None:
-    """x and y of an HH-RLHF dialogue, split at its last assistant turn.
-
-    x begins after the first `Human: ` and ends with the blank line before `Assistant:`, so that the template
-    `Human: {x}Assistant:` gives back the dialogue, with all its earlier turns, as it was written. y has no outer
-    whitespace. A human turn after the last assistant turn belongs to y: a model that went on for the human wrote it.
-
-    Returns:
-      (x, y), or None where the text is no such dialogue.
-    """
-    human = _HUMAN.match(dialogue)
-    turns = list(_ASSISTANT.finditer(dialogue))
-    if human is None or not turns:
-        return None
-    prompt = dialogue[human.end() : turns[-1].start()]
-    return (f"{prompt}\n\n", dialogue[turns[-1].end() :].strip()) if prompt.strip() else None
 
 
 def read_hh_rlhf(path: str | Path) -> tuple[Rows, Counts]:
@@ -164,21 +130,28 @@ def read_hh_rlhf(path: str | Path) -> tuple[Rows, Counts]:
 def _some(path: str | Path, rows: Rows, counts: Counts) -> tuple[Rows, Counts]:
     if not rows:
         hint = "; for rows of prompt, chosen, rejected: --config.data.format=jsonl" if counts[NOT_A_DIALOGUE] else ""
+        if counts[NOT_A_DIALOGUE] or counts[EMPTY_PROMPT] or counts[PROMPTS_DIFFER]:
+            hint += "; another column of prompts is named by --config.data.columns=prompt:NAME"
         raise DataError(f"{path}: no row is left; all were dropped: {dict(counts)}{hint}")
     return rows, dict(counts)
 
 
-def _read(path: str | Path, convert: Callable[[dict[str, Any], str], PreferenceExample | str]) -> tuple[Rows, Counts]:
-    """Rows by a function of `layouts`."""
+def _read(path: str | Path, convert: Callable[..., PreferenceExample | str], **keywords) -> tuple[Rows, Counts]:
+    """Rows by a function of `layouts`; `columns` gets what it sees of each file as a whole, and keywords."""
     rows, counts = [], collections.Counter()
-    for where, row in read_rows(path):
-        found = convert(row, where)
-        if isinstance(found, str):
-            counts[found] += 1
-        elif rows and has_no_answers([found]) != has_no_answers(rows[:1]):
-            raise DataError(f"{where}: answers must be in all rows or in none")
-        else:
-            rows.append(found)
+    for file in files_of(path):
+        if convert is layouts.columns:
+            keywords["seen"] = layouts.look_at(read_rows(file), keywords["names"])
+        for where, row in read_rows(file):
+            found = convert(row, where, **keywords)
+            if isinstance(found, str):
+                counts[found] += 1
+            elif rows and has_no_answers([found]) != has_no_answers(rows[:1]):
+                raise DataError(f"{where}: answers must be in all rows or in none")
+            elif rows and bool(found.requirements) != bool(rows[0].requirements):
+                raise DataError(f"{where}: field 'requirements' must be in all rows or in none")
+            else:
+                rows.append(found)
     return _some(path, rows, counts)
 
 
@@ -187,6 +160,9 @@ FORMATS = ("jsonl", "hh_rlhf", "summarize", "tldr", "columns")
 
 def detect_format(path: str | Path, *, answers: bool = True) -> str:
     """One of FORMATS, from the first row: HH-RLHF rows have both answers and no prompt.
+
+    Rows of prompt, chosen, rejected are jsonl only where that loses nothing: not with a system text or an input beside
+    the prompt, nor where prompt or answers are written as dialogues of HH-RLHF.
 
     Args:
       path: a file or folder.
@@ -199,11 +175,13 @@ def detect_format(path: str | Path, *, answers: bool = True) -> str:
     if {"query", "postprocessed_response", "reference_responses", "preferred"} <= row.keys():
         return "tldr"
     both = {"chosen", "rejected"} <= row.keys()
+    dialogue = any(layouts.dialogue_prompt(row[name]) is not None for name in ("prompt", "chosen")
+                   if isinstance(row.get(name), str))  # fmt: skip
+    more = row.keys() & {*layouts.COLUMNS["system"], *layouts.COLUMNS["context"]}  # of which jsonl knows nothing
     if "prompt" in row and text("prompt", "chosen", "rejected") and (both or not layouts.is_pair(row)):
-        return "jsonl"
+        return "columns" if dialogue or more else "jsonl"
     if both and text("chosen", "rejected"):
-        names = [name for name in layouts.COLUMNS["prompt"] if name in row]
-        return "columns" if names and not _HUMAN.match(str(row["chosen"])) else "hh_rlhf"
+        return "columns" if any(name in row for name in layouts.COLUMNS["prompt"]) else "hh_rlhf"
     if layouts.is_pair(row) or (
         not answers and any(row.get(name) for name in (*layouts.COLUMNS["prompt"], "messages"))
     ):
@@ -242,8 +220,9 @@ def read(
         return read_jsonl(path, answers=answers)
     if format == "hh_rlhf":
         return read_hh_rlhf(path)
-    convert = {"summarize": layouts.summarize, "tldr": layouts.tldr}.get(format)
-    return _read(path, convert or functools.partial(layouts.columns, names=columns, answers=answers))
+    if format == "columns":
+        return _read(path, layouts.columns, names=columns or {}, answers=answers)
+    return _read(path, {"summarize": layouts.summarize, "tldr": layouts.tldr}[format])
 
 
 def column_names(columns: Sequence[str]) -> dict[str, str]:
@@ -388,7 +367,7 @@ def read_config(config: DataConfig, seed: int, *, answers: bool = True) -> tuple
         line["taken"] = len(rows)
     everything = [row for rows in found for row in rows]
     if config.mixture and any(row.prompt.endswith("\n\n") for row in everything):
-        ended = lambda x: x if x.endswith("\n\n") else x.rstrip("\n") + "\n\n"  # noqa: E731
+        ended = lambda x: x if x.endswith("\n\n") else layouts.one_turn(x.rstrip("\n")) + "\n\n"  # noqa: E731
         everything = [dataclasses.replace(row, prompt=ended(row.prompt)) for row in everything]
     counts = collections.Counter()
     for line in report:
@@ -406,7 +385,7 @@ def _prompt_groups(rows: Sequence[PreferenceExample], seed: int, purpose: str) -
     """
     groups = collections.defaultdict(list)
     for i, row in enumerate(rows):
-        groups[_ASSISTANT.split(row.prompt, maxsplit=1)[0].strip()].append(i)
+        groups[layouts._ASSISTANT.split(row.prompt, maxsplit=1)[0].strip()].append(i)
 
     def key(turn: str) -> bytes:
         return hashlib.sha256(f"{purpose} {seed} {turn}".encode("utf-8", "surrogatepass")).digest()
