@@ -26,7 +26,7 @@ from ml_collections import config_flags
 
 from pit_jax import cli, config as config_lib
 from pit_jax.config import PitConfig, SrtConfig
-from pit_jax.data import batches, pairs
+from pit_jax.data import batches, pairs, sources
 from pit_jax.data.feedback import Feedback
 from pit_jax.data.tokenizer import Tokenizer
 from pit_jax.files import write_json_atomic
@@ -61,7 +61,8 @@ def facts_of(context: Context, record: dict[str, Any]) -> dict[str, Any]:
     splits = {name: rows for name, rows in context.rows.items() if name != "pretrain"}
     rows = [row for split in splits.values() for row in split]
     texts = collections.Counter((row.prompt, row.chosen, row.rejected) for row in rows)
-    seen = collections.Counter(prompt for split in splits.values() for prompt in {row.prompt for row in split})
+    keys = iter(sources.prompt_keys([row.prompt for row in rows]))
+    seen = collections.Counter(key for split in splits.values() for key in {next(keys) for _ in split})
     longer = [len(row.chosen) - len(row.rejected) for row in rows]
     share = lambda found: sum(found) / len(rows) if rows else 0.0  # noqa: E731
     windows = {name: getattr(config.data, f"{name}_window") for name in ("prompt", "response", "reflection")}
@@ -74,7 +75,7 @@ def facts_of(context: Context, record: dict[str, Any]) -> dict[str, Any]:
         "over_length": record.get("over_length", {}),
         "rows": {name: len(split) for name, split in context.rows.items()},
         "tokens": record.get("tokens", {}),
-        "prompts": len(seen),
+        "prompts": len({row.prompt for row in rows}),
         "prompts_in_two_parts": sum(number > 1 for number in seen.values()),
         "duplicate_rows": sum(number - 1 for number in texts.values()),
         "contradicting_rows": sum(number for (x, w, l), number in texts.items() if w != l and (x, l, w) in texts),
@@ -107,8 +108,8 @@ def describe(facts: dict[str, Any]) -> list[str]:
     lines.append(f"  over the windows ({windows}): {over or 'none'}")
     lines.append(f"  rows: {listed({split: n for split, n in facts['rows'].items() if n})}")
     lines.append(
-        f"  different prompts: {facts['prompts']} (in two parts: {facts['prompts_in_two_parts']}); rows that come "
-        f"again: {facts['duplicate_rows']}; rows that others contradict: {facts['contradicting_rows']}"
+        f"  different prompts: {facts['prompts']} (questions in two parts: {facts['prompts_in_two_parts']}); rows that "
+        f"come again: {facts['duplicate_rows']}; rows that others contradict: {facts['contradicting_rows']}"
     )
     for name, values in facts["tokens"].items():
         lines.append(f"  tokens of {name}: " + ", ".join(f"{share} {n}" for share, n in values.items()))

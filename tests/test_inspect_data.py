@@ -171,20 +171,32 @@ def test_facts_of_a_file(tmp_path):
     context, record = inspect_data.prepare(file_config(path), tmp_path / "run")
     facts = inspect_data.facts_of(context, record)
     assert facts["sources"] == [
-        {"path": str(path), "format": "jsonl", "weight": 1.0, "read": 35, "taken": 34, "dropped": {"same_answers": 1}}
-    ]
-    assert sum(facts["rows"].values()) == 33 and list(facts["over_length"].values()) == [{"prompt": 1}]
+        {"path": str(path), "format": "jsonl", "weight": 1.0, "read": 35, "taken": 32,
+         "dropped": {"same_answers": 1, "duplicate_row": 2}}
+    ]  # fmt: skip
+    assert sum(facts["rows"].values()) == 31 and list(facts["over_length"].values()) == [{"prompt": 1}]
     assert (facts["prompts"], facts["prompts_in_two_parts"]) == (30, 0)
-    assert (facts["duplicate_rows"], facts["contradicting_rows"]) == (2, 2)
-    assert facts["chosen_longer"] == pytest.approx(32 / 33) and facts["equally_long"] == 0
+    assert (facts["duplicate_rows"], facts["contradicting_rows"]) == (0, 2)
+    assert facts["chosen_longer"] == pytest.approx(30 / 31) and facts["equally_long"] == 0
     assert facts["with_reflection"] == facts["with_requirements"] == 0
     assert facts["tokens"]["reflection"]["max"] == 1 and facts["tokens"]["prompt"]["max"] > 256
     tok = context.encoder.tokenizer
     assert facts["tokenizer"]["vocab_size"] == tok.vocab_size and facts["tokenizer"]["eos_id"] == tok.eos_id
     printed = "\n".join(inspect_data.describe(facts))
-    assert "35 rows read, 34 taken\n    dropped: 1 same_answers" in printed
-    assert "rows that come again: 2; rows that others contradict: 2" in printed
+    assert "35 rows read, 32 taken\n    dropped: 1 same_answers, 2 duplicate_row" in printed
+    assert "rows that come again: 0; rows that others contradict: 2" in printed
     assert f"EOS {tok.eos_id}, PAD 0, <<Candidate>> " in printed
+
+
+def test_what_two_parts_share(tmp_path):
+    """Of rows of an earlier version, which knew a question by its letters."""
+    path = write(tmp_path / "a.jsonl", [dataclasses.asdict(r) for r in ROWS])
+    context, record = inspect_data.prepare(file_config(path), tmp_path / "run")
+    sft, test = context.rows["sft"], context.rows["test"]
+    other = dataclasses.replace(test[0], prompt=test[0].prompt.upper())
+    more = dataclasses.replace(context, rows=context.rows | {"sft": [*sft, sft[0], sft[0], other]})
+    facts = inspect_data.facts_of(more, record)
+    assert (facts["duplicate_rows"], facts["prompts"], facts["prompts_in_two_parts"]) == (2, 31, 1)
 
 
 def test_a_failing_data_stage_shows_the_lengths(tmp_path, capsys):

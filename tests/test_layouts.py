@@ -399,10 +399,10 @@ def test_chat_counts_what_it_drops(tmp_path, row, cause):
 
 def test_a_prompt_beside_dialogues_is_theirs(tmp_path):
     turns = ("Hi.", "Hello!", "Tea?")
-    chat = {"chosen": say(*turns, "yes"), "rejected": say(*turns, "no")}
-    rows = [chat | {"prompt": prompt} for prompt in ("Hi.", "Tea? ", "", None, "What is 2 + 2?", "Hello!")]
+    rows = [{"chosen": say(*turns, f"yes {i}"), "rejected": say(*turns, "no"), "prompt": prompt}
+            for i, prompt in enumerate(("Hi.", "Tea? ", "", None, "What is 2 + 2?", "Hello!"))]  # fmt: skip
     found, counts = sources.read(write(tmp_path / "a.jsonl", *rows))
-    assert found == [PreferenceExample(TWO, "no", "yes")] * 4 and counts == {"prompts_differ": 2}
+    assert found == [PreferenceExample(TWO, "no", f"yes {i}") for i in range(4)] and counts == {"prompts_differ": 2}
 
 
 def test_chat_keeps_reflection_and_requirements(tmp_path):
@@ -562,6 +562,15 @@ def test_a_folder_of_two_kinds(tmp_path):
     assert len(sources.read(tmp_path)[0]) == 1  # .json files are descriptions where there are others
     (tmp_path / "b.parquet").write_bytes(b"PAR1")
     assert "has 1 .jsonl and 1 .parquet files" in error_of(sources.read, tmp_path)
+
+
+def test_the_same_rows_in_two_files_are_read_once(tmp_path):
+    """As UltraFeedback has them, where the rows for SFT are those of pairs."""
+    row = {"chosen": say("Hi.", "yes"), "rejected": say("Hi.", "no")}
+    for name, more in (("train_prefs", {}), ("train_sft", {"id": 1}), ("test_prefs", {"rejected": say("Hi.", "?")})):
+        write_parquet(tmp_path / f"{name}-00000-of-00001.parquet", row | more)
+    rows, counts = sources.read(tmp_path)
+    assert [r.rejected for r in rows] == ["?", "no"] and counts == {"duplicate_row": 1}
 
 
 def test_every_role_is_documented():

@@ -78,8 +78,9 @@ def test_jsonl_keeps_texts_as_they_are(tmp_path):
 
 def test_bom_crlf_and_blank_lines(tmp_path):
     line = json.dumps(ROW).encode()
-    path = write(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + line + b"\r\n\r\n  \n" + line)  # no line feed at the end
-    assert sources.read(path) == ([PreferenceExample("p", "bad", "good")] * 2, {})
+    last = json.dumps(ROW | {"rejected": "worse"}).encode()  # no line feed at the end
+    path = write(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + line + b"\r\n\r\n  \n" + last)
+    assert sources.read(path) == ([PreferenceExample("p", y, "good") for y in ("bad", "worse")], {})
     # Lines are counted as an editor counts them.
     path = write(tmp_path / "b.jsonl", b"\xef\xbb\xbf" + line + b"\r\n\r\n  \n", b"{\r\n")
     assert "b.jsonl, line 4: not JSON" in error_of(sources.read, path)
@@ -225,6 +226,18 @@ def test_format(tmp_path):
     assert "c.jsonl, line 1: neither" in error_of(sources.read, other)
 
 
+def test_what_may_be_the_same_rows_twice(tmp_path):
+    write(tmp_path / "t.jsonl", row(0))
+    write(tmp_path / "t.jsonl.gz", row(0))
+    assert "has t.jsonl and t.jsonl.gz, which may be the same rows twice" in error_of(sources.read, tmp_path)
+    (tmp_path / "t.jsonl.gz").rename(tmp_path / "u.jsonl.gz")
+    write(tmp_path / "v.jsonl", row(0, chosen="w0 "), row(0, rejected="x"), row(0, reflection="c"))
+    rows, counts = sources.read(tmp_path)
+    assert [r.rejected for r in rows] == ["l0", "x"] and counts == {"duplicate_row": 3}
+    prompts = write(tmp_path / "v.jsonl", {"prompt": "p"}, {"prompt": "p"})
+    assert sources.read(prompts, answers=False) == ([PreferenceExample("p", "", "")] * 2, {})
+
+
 # HH-RLHF.
 
 FIRST = "\n\nHuman: Hi.\n\nAssistant:"
@@ -348,6 +361,8 @@ def test_parts_of_a_mixture():
     for bad in (":2", "a:0", "hh_rlhf@:1", ""):
         assert "use [FORMAT@]PATH[:WEIGHT]" in error_of(sources.mixture_parts, (bad,))
     assert "names a/b/ twice" in error_of(sources.mixture_parts, ("a/b:2", "jsonl@a/b/"))
+    assert "names a/../a/b twice" in error_of(sources.mixture_parts, ("a/b", "a/../a/b"))
+    assert "names a and a/b/c, one of which is in the other" in error_of(sources.mixture_parts, ("a", "d", "a/b/c"))
 
 
 @pytest.mark.parametrize(
@@ -394,6 +409,15 @@ def test_a_mixture_takes_its_shares(tmp_path):
     assert again[0] == rows and sources.read_config(mixture(f"{a}:3", b), 1)[0] != rows
     fewer, _, parts = sources.read_config(mixture(f"{a}:3", b, num_rows=20), 0)
     assert [part["taken"] for part in parts] == [15, 5] and {*fewer} < {*rows}
+
+
+def test_a_row_of_two_parts_is_taken_once(tmp_path):
+    a, b = write(tmp_path / "a.jsonl", *map(plain, range(5))), write(tmp_path / "b.jsonl", *map(plain, range(3, 9)))
+    rows, counts, parts = sources.read_config(mixture(a, b), 0)
+    assert len(rows) == len(set(rows)) == 8 and counts == {"duplicate_row": 2}
+    assert [(part["read"], part["taken"]) for part in parts] == [(5, 4), (6, 4)]
+    b = write(tmp_path / "b.jsonl", plain(1), plain(2))
+    assert "all rows are those of other parts" in error_of(sources.read_config, mixture(a, b), 0)
 
 
 def test_plain_prompts_stay_plain_in_a_mixture(tmp_path):
@@ -500,6 +524,33 @@ def test_a_dialogue_and_its_later_turns_stay_together():
     seen = [{row.prompt.split("?")[0] for row in part} for part in parts]
     assert [len(part) for part in parts] == [30, 30, 30, 10, 20]
     assert sum(map(len, seen)) == len(set.union(*seen)) == 60
+
+
+ASKED = "Tell me about number {}."
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        ["tell me  ABOUT number {}"],
+        ["Be kind.\n\nTell me about number {}.", "You are a pirate.\n\nSay it in rhymes.\n\nTell me about number {}."],
+        ["\n\nHuman: Tell me about number {}.\n\nAssistant:", "Tell me about number {}.\n\n"],
+        ["Human: Tell me about number {}.\n\nAssistant: Why?\n\nHuman: Just so.\n\n"],
+    ],
+)
+def test_a_question_in_other_clothes_stays_in_one_part(others):
+    rows = [PreferenceExample(form.format(i), "l", f"w{i}") for form in (ASKED, *others) for i in range(60)]
+    training, selection, test = sources.split_off(rows, 15, 30, 0)
+    seen = [{row.chosen for row in part} for part in (*sources.folds(training, 0), selection, test)]
+    assert sum(map(len, seen)) == len(set.union(*seen)) == 60 and min(map(len, seen)) >= 5
+
+
+def test_keys_of_prompts():
+    heads = [f"Translate this.\n\nword {i}" for i in range(sources.SYSTEM_TEXT)]
+    few = [f"A song.\n\nWho sings line {i}?" for i in range(sources.SYSTEM_TEXT - 1)]
+    keys = sources.prompt_keys([*heads, *few, "???", "!!!", "Ça va\u2009?", "Human: no", "Humans: no", "ASK\n\n\nit"])
+    assert keys[0] == "word 0" and keys[len(heads)] == "a song who sings line 0"
+    assert keys[-6:] == ["???", "!!!", "ça va", "no", "humans no", "ask it"]
 
 
 def test_too_few_prompts_for_folds():

@@ -38,7 +38,8 @@ def files_of(path: str | Path) -> list[Path]:
     often descriptions that lie beside the rows.
 
     Raises:
-      DataError: where there are none, or both .jsonl and .parquet files, which may be the same rows twice.
+      DataError: where there are none; where there are both .jsonl and .parquet files, or a file with and without
+        compression, which may be the same rows twice.
     """
     path = Path(path)
     if not path.exists():
@@ -59,6 +60,11 @@ def files_of(path: str | Path) -> list[Path]:
         raise DataError(
             f"{path}: no files of rows in this folder or below it (.jsonl or .json, also .gz or .xz; .parquet)"
         )
+    names = {}
+    for f in found:
+        other = names.setdefault(re.sub(_COMPRESSED, "", str(f), flags=re.IGNORECASE), f)
+        if other != f:
+            raise DataError(f"{path}: has {other} and {f}, which may be the same rows twice: remove one, or name a file")
     return [path / f for f in found]
 
 

@@ -14,6 +14,7 @@ windows are dropped later, by `encode.drop_over_length`.
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -89,6 +90,26 @@ def read_jsonl(path: str | Path, *, drop_empty: bool = False, answers: bool = Tr
         else:
             rows.append(example)
     return _some(path, rows, counts)
+
+
+DUPLICATE = "duplicate_row"
+"""Prompt and both answers are those of an earlier row."""
+
+
+def without_repeats(rows: Rows, counts: Counts, seen: set[tuple[str, ...]]) -> tuple[Rows, Counts]:
+    """Each row once; prompts without answers stay, as there is nothing in them to be learnt twice.
+
+    Args:
+      rows, counts: of a reader.
+      seen: what was read before; it grows.
+    """
+    kept = []
+    for row in rows:
+        texts = tuple(text.strip() for text in (row.prompt, row.chosen, row.rejected))
+        if texts not in seen or not row.chosen:
+            kept.append(row)
+        seen.add(texts)
+    return kept, counts | ({DUPLICATE: len(rows) - len(kept)} if len(kept) < len(rows) else {})
 
 
 def has_no_answers(rows: Sequence[PreferenceExample]) -> bool:
@@ -193,9 +214,14 @@ def detect_format(path: str | Path, *, answers: bool = True) -> str:
 
 
 def read(
-    path: str | Path, format: str = "auto", *, answers: bool = True, columns: Mapping[str, str] | None = None
+    path: str | Path,
+    format: str = "auto",
+    *,
+    answers: bool = True,
+    columns: Mapping[str, str] | None = None,
+    seen: set[tuple[str, ...]] | None = None,
 ) -> tuple[Rows, Counts]:
-    """Reads preference rows.
+    """Reads preference rows, each once: what comes again is dropped and counted.
 
     Args:
       path: a file, or a folder whose files (also in subfolders) are read in the order of their names; .gz and .xz are
@@ -203,6 +229,7 @@ def read(
       format: one of FORMATS, or auto, which looks at the first row.
       answers: False: prompts alone will do, see `read_jsonl` and `layouts.columns`.
       columns: names of columns, see `layouts.columns`; for format columns, and makes auto that.
+      seen: rows of other files, as for `without_repeats`.
 
     Returns:
       (rows, number of dropped rows by cause).
@@ -217,12 +244,14 @@ def read(
     if columns and format != "columns":
         raise DataError(f"{path}: config.data.columns is for format columns, but the format is {format}")
     if format == "jsonl":
-        return read_jsonl(path, answers=answers)
-    if format == "hh_rlhf":
-        return read_hh_rlhf(path)
-    if format == "columns":
-        return _read(path, layouts.columns, names=columns or {}, answers=answers)
-    return _read(path, {"summarize": layouts.summarize, "tldr": layouts.tldr}[format])
+        found = read_jsonl(path, answers=answers)
+    elif format == "hh_rlhf":
+        found = read_hh_rlhf(path)
+    elif format == "columns":
+        found = _read(path, layouts.columns, names=columns or {}, answers=answers)
+    else:
+        found = _read(path, {"summarize": layouts.summarize, "tldr": layouts.tldr}[format])
+    return without_repeats(*found, set() if seen is None else seen)
 
 
 def column_names(columns: Sequence[str]) -> dict[str, str]:
@@ -257,7 +286,7 @@ def mixture_parts(mixture: Sequence[str]) -> list[Part]:
     """config.data.mixture: [FORMAT@]PATH[:WEIGHT], format auto and weight 1 where they are left out.
 
     Raises:
-      DataError: for what is no such thing, and for a path that is named twice.
+      DataError: for what is no such thing, for a path that is named twice, and for one within another.
     """
     parts: list[Part] = []
     for text in mixture:
@@ -270,8 +299,12 @@ def mixture_parts(mixture: Sequence[str]) -> list[Part]:
             format, path = named, path.removeprefix(f"{named}@")
         if not path or not weight:
             raise DataError(f"config.data.mixture has {text!r}: use [FORMAT@]PATH[:WEIGHT], the weight above 0")
-        if any(Path(path) == Path(part.path) for part in parts):
-            raise DataError(f"config.data.mixture names {path} twice: give it one weight")
+        for other in (part.path for part in parts):
+            one, two = Path(path).resolve(), Path(other).resolve()
+            if one == two:
+                raise DataError(f"config.data.mixture names {path} twice: give it one weight")
+            if one in two.parents or two in one.parents:
+                raise DataError(f"config.data.mixture names {other} and {path}, one of which is in the other")
         parts.append(Part(path, format, weight))
     return parts
 
@@ -347,13 +380,15 @@ def read_config(config: DataConfig, seed: int, *, answers: bool = True) -> tuple
     parts = mixture_parts(listed(config.mixture)) or [Part(config.path, config.format, Fraction(1))]
     if names and config.mixture and not any(part.format == "columns" for part in parts):
         raise DataError("config.data.columns is for the parts of config.data.mixture that are named columns@PATH")
-    found, report = [], []
+    found, report, seen = [], [], set()
     for part in parts:
         columns = names if not config.mixture or part.format == "columns" else {}
         format = part.format
         if format == "auto":
             format = "columns" if columns else detect_format(part.path, answers=answers)
-        rows, dropped = read(part.path, format, answers=answers, columns=columns)
+        rows, dropped = read(part.path, format, answers=answers, columns=columns, seen=seen)
+        if not rows:
+            raise DataError(f"{part.path}: all rows are those of other parts of config.data.mixture")
         found.append(rows)
         report.append({"path": str(part.path), "format": format, "weight": float(part.weight), "dropped": dropped})
         report[-1]["read"] = len(rows) + sum(dropped.values())
@@ -378,23 +413,60 @@ def read_config(config: DataConfig, seed: int, *, answers: bool = True) -> tuple
 # ------------------------------------------------------------------------------------------------------------- division
 
 
-def _prompt_groups(rows: Sequence[PreferenceExample], seed: int, purpose: str) -> list[list[int]]:
-    """Row numbers by first turn of the prompt, in the order of its hash: order of rows and processes play no part.
+_ASSISTANT = re.compile(r"\n\nAssistant:(?=\s|$)")
+SYSTEM_TEXT = 10
+"""What so many different texts follow is taken for a system text, or an instruction, and not for the question."""
+_HEAD = 8  # paragraphs that a system text has at most
 
-    A dialogue and the same dialogue one turn later are two prompts, of which one is most of the other.
+
+def _first_turn(prompt: str) -> str:
+    return _ASSISTANT.split(prompt, maxsplit=1)[0].strip()
+
+
+def prompt_keys(prompts: Sequence[str]) -> list[str]:
+    """What two prompts that ask the same have in common, for each.
+
+    It is the words of the first turn in lower case: without marks and spaces, a leading "Human:", and the paragraphs at
+    its beginning that stand before at least SYSTEM_TEXT different texts. A dialogue and the same dialogue one turn
+    later are two prompts, of which one is most of the other.
     """
-    groups = collections.defaultdict(list)
-    for i, row in enumerate(rows):
-        groups[layouts._ASSISTANT.split(row.prompt, maxsplit=1)[0].strip()].append(i)
+    paragraphs = {}  # first turn -> the words of each paragraph
+    for turn in map(_first_turn, prompts):
+        if turn not in paragraphs:
+            texts = re.sub(r"Human:\s", "", turn, count=1) if turn.startswith("Human:") else turn
+            words = (" ".join(re.findall(r"\w+", text)) for text in texts.casefold().split("\n\n"))
+            paragraphs[turn] = [text for text in words if text] or [turn]
+    cuts = lambda texts: range(min(len(texts) - 1, _HEAD), 0, -1)  # noqa: E731
+    hashed = lambda texts: hash(" ".join(texts))  # noqa: E731
+    followers = collections.defaultdict(set)
+    for texts in paragraphs.values():
+        for k in cuts(texts):
+            followers[hashed(texts[:k])].add(hashed(texts[k:]))
+    shared = {head for head, texts in followers.items() if len(texts) >= SYSTEM_TEXT}
+    keys = {}
+    for turn, texts in paragraphs.items():
+        start = next((k for k in cuts(texts) if hashed(texts[:k]) in shared), 0)
+        keys[turn] = " ".join(texts[start:])
+    return [keys[_first_turn(prompt)] for prompt in prompts]
 
-    def key(turn: str) -> bytes:
+
+def _prompt_groups(rows: Sequence[PreferenceExample], seed: int, purpose: str) -> list[list[int]]:
+    """Row numbers by `prompt_keys`, in the order of a hash: order of rows and processes play no part."""
+    groups, places = collections.defaultdict(list), {}
+
+    @functools.cache
+    def place(turn: str) -> bytes:
         return hashlib.sha256(f"{purpose} {seed} {turn}".encode("utf-8", "surrogatepass")).digest()
 
-    return [groups[turn] for turn in sorted(groups, key=key)]
+    for i, key in enumerate(prompt_keys([row.prompt for row in rows])):
+        groups[key].append(i)
+        here = place(_first_turn(rows[i].prompt))
+        places[key] = min(places.get(key, here), here)
+    return [groups[key] for key in sorted(groups, key=places.get)]
 
 
 def folds(rows: Sequence[PreferenceExample], seed: int, num_parts: int = 3) -> list[Rows]:
-    """Equal parts, by default for SFT, reward models and RL (PIT section 4.1), that share no prompt and no first turn.
+    """Equal parts, by default for SFT, reward models and RL (PIT section 4.1), that share no prompt (`prompt_keys`).
 
     First turns are dealt in the order of a hash, the most frequent first, each to the smallest part, so sizes differ by
     at most one row where first turns do not repeat, and by at most the rows of one first turn otherwise. Within a part
@@ -414,7 +486,7 @@ def folds(rows: Sequence[PreferenceExample], seed: int, num_parts: int = 3) -> l
 def split_off(
     rows: Sequence[PreferenceExample], num_selection: int, num_test: int, seed: int
 ) -> tuple[Rows, Rows, Rows]:
-    """Takes rows to select checkpoints with and rows to test with; no two parts share a prompt or a first turn.
+    """Takes rows to select checkpoints with and rows to test with; no two parts share a prompt (`prompt_keys`).
 
     Args:
       rows: all rows.
