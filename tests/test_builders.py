@@ -1,10 +1,12 @@
 """The data set on disk gives back the rows that were written, without TensorFlow."""
 
+import dataclasses
 import gzip
 import io
 import json
 import os
 import pathlib
+import runpy
 import socket
 import subprocess
 import sys
@@ -12,8 +14,12 @@ import sys
 import pytest
 import tensorflow_datasets as tfds
 
+from pit_jax import config as config_lib
 from pit_jax.data import builders, sources, synthetic
 from pit_jax.data.sources import DataError
+from pit_jax.pipelines import common
+from pit_jax.pipelines.common import Context
+from pit_jax.pipelines.stages import Workdir
 from pit_jax.types import PreferenceExample
 
 DATA = pathlib.Path(os.environ.get("PIT_JAX_DATA", pathlib.Path(__file__).parents[1] / ".." / "shared" / "data"))
@@ -92,16 +98,32 @@ def test_hh_rlhf_of_a_folder(tmp_path):
     hh_file(tmp_path / "harmless-base" / "test.jsonl.gz", 5)
     folder = builders.write_published("hh_rlhf", tmp_path / "tfds", path=tmp_path)
     assert folder == tmp_path / "tfds" / "hh_rlhf" / "helpful" / "1.0.0"
-    rows, counts, report = builders.read_published("hh_rlhf", tmp_path / "tfds")  # what is there is not made again
-    assert [row.prompt for row in rows] == [f"Name fruit {i}.\n\n" for i in (4, 1, 2, 3)]
-    assert rows[0] == PreferenceExample("Name fruit 4.\n\n", "carrot", "apple") and counts == {"same_answers": 1}
+    rows, test, counts, report = builders.read_published("hh_rlhf", tmp_path / "tfds", path=tmp_path)
+    assert [row.prompt for row in rows] == [f"Name fruit {i}.\n\n" for i in (1, 2, 3)]
+    assert test == [PreferenceExample("Name fruit 4.\n\n", "carrot", "apple")] and counts == {"same_answers": 1}
     assert [(part["read"], part["taken"], part["dropped"]) for part in report] == [
         (1, 1, {}), (4, 3, {"same_answers": 1}),
     ]  # fmt: skip
     harmless = builders.read_published("hh_rlhf", tmp_path / "tfds", path=tmp_path, config="harmless")
-    assert [row.prompt for row in harmless[0]] == ["Name fruit 5.\n\n"]
+    assert not harmless.training and [row.prompt for row in harmless.test] == ["Name fruit 5.\n\n"]
     info = builders.HhRlhf(data_dir=str(tmp_path / "tfds")).info
     assert info.redistribution_info.license == "MIT" and "2204.05862" in info.citation and "anthropics" in info.homepage
+
+
+def test_a_part_of_a_set_is_not_taken_for_the_set(tmp_path):
+    hh_file(tmp_path / "some" / "helpful-base" / "train.jsonl.gz", 1, 2)
+    for folder in ("some", "more"):
+        hh_file(tmp_path / folder / "helpful-online" / "train.jsonl.gz", 3)
+    hh_file(tmp_path / "other" / "helpful-base" / "train.jsonl.gz", 1)
+    hh_file(tmp_path / "other" / "helpful-online" / "train.jsonl.gz", 3)
+    read = lambda **keywords: builders.read_published("hh_rlhf", tmp_path / "tfds", **keywords)  # noqa: E731
+    first = read(path=tmp_path / "some")
+    assert len(first.training) == 3 and read(path=tmp_path / "some") == first
+    for folder in ("more", "other"):
+        with pytest.raises(DataError, match=rf"not made from .*/{folder} \(it differs in helpful-base/train\.jsonl\.gz\)"):
+            read(path=tmp_path / folder)
+    with pytest.raises(DataError, match=r"all published files \(it differs in helpful-base/test\.jsonl\.gz, helpful-online/te"):
+        read()
 
 
 def test_another_file_under_the_name_of_a_published_one(tmp_path):
@@ -117,9 +139,9 @@ def test_published_test_files_are_the_verified_ones(tmp_path):
     folder = DATA / "hh-rlhf"
     if not folder.exists():
         pytest.skip(f"no {folder}: set PIT_JAX_DATA to the folder of test data")
-    rows, counts, _ = builders.read_published("hh_rlhf", tmp_path, path=folder)
+    training, rows, counts, _ = builders.read_published("hh_rlhf", tmp_path, path=folder)
     expected, dropped = sources.read(folder)
-    assert rows == expected and counts == dropped
+    assert not training and rows == expected and counts == dropped
     assert counts == {"same_answers": 34, "empty_answer": 3, "prompts_differ": 3} and len(rows) == 1137 + 2749 - 40
     assert {url.rsplit("/", 2)[1] for url in builders.HhRlhf.url_infos} == {
         p.name for p in folder.iterdir() if p.is_dir()
@@ -137,13 +159,13 @@ def test_summaries_of_a_folder(tmp_path):
     }
     for name, rows in lines.items():
         (tmp_path / name).write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    rows, counts, report = builders.read_published("summarize", tmp_path / "tfds", path=tmp_path)
+    rows, test, counts, report = builders.read_published("summarize", tmp_path / "tfds", path=tmp_path)
     prompt = "Summarize this post from r/pets in a sentence or two.\n\nT\n\nPost {}.\n\n"
     assert rows == [
         PreferenceExample(prompt.format(1), "b", "a"), PreferenceExample(prompt.format(4), "a", "b"),
-        PreferenceExample(prompt.format(2), "b", "a"),
     ]  # fmt: skip
-    assert counts == {"tie": 1} and [part["read"] for part in report] == [3, 1]
+    assert test == [PreferenceExample(prompt.format(2), "b", "a")]
+    assert counts == {"tie": 1} and [part["read"] for part in report] == [1, 3]
     (tmp_path / "batch4.json").write_text(json.dumps(row(5, "../x")) + "\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"batch4\.json, line 1: field 'split' is '\.\./x'"):
         builders.write_published("summarize", tmp_path / "other", path=tmp_path)
@@ -179,3 +201,26 @@ def test_a_download_is_asked_for_by_its_urls(tmp_path, monkeypatch):
     folders = ("helpful-base", "helpful-online", "helpful-rejection-sampled")
     assert [*asked.values()] == [f"{base}/{f}/{split}.jsonl.gz" for split in ("train", "test") for f in folders]
     assert set(builders.HhRlhf.url_infos) < set(asked.values())
+    rows, test, counts, _ = builders.read_published("hh_rlhf", tmp_path / "tfds")  # what is there is not made again
+    assert not rows and len(test) == 1 and counts == {"duplicate_row": 5}
+
+
+def test_published_test_rows_are_the_test_rows(tmp_path, monkeypatch):
+    asked = "\n\nHuman: NAME fruit 7\n\nAssistant:"
+    for folder in builders.HhRlhf.FOLDERS["helpful"]:
+        hh_file(tmp_path / folder / "train.jsonl.gz", *range(40))
+        again = {"chosen": f"{asked} pear", "rejected": f"{asked} leek"}
+        hh_file(tmp_path / folder / "test.jsonl.gz", *range(100, 109), more=[again])
+    monkeypatch.setattr(builders.HhRlhf, "url_infos", {})
+    found = builders.read_published("hh_rlhf", tmp_path / "tfds", path=tmp_path)
+    monkeypatch.setattr(builders, "read_published", lambda name: found)
+    config = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "configs" / "pit_hh_rlhf.py"))["get_config"]("smoke")
+    config = config_lib.from_config_dict(config_lib.PitConfig, config)
+    data = dataclasses.replace(config.data, source="hh_rlhf", path="", num_selection=3, num_test=6)
+    context = Context(dataclasses.replace(config, data=data), Workdir(tmp_path / "run", config), None)
+    record = common.data_stage(context)
+    prompts = {name: {row.prompt for row in rows} for name, rows in context.rows.items()}
+    assert len(prompts["test"]) == 6 and prompts["test"] <= {row.prompt for row in found.test}
+    training = set.union(*(prompts[name] for name in ("sft", "rm", "rl", "selection")))
+    assert training == {f"Name fruit {i}.\n\n" for i in range(40) if i != 7} and len(prompts["selection"]) == 3
+    assert record["skipped"] == {"duplicate_row": 2 * 40 + 2 * 10, "prompt_of_a_test_row": 1}

@@ -16,7 +16,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download.checksums import UrlInfo
@@ -177,7 +177,7 @@ class HhRlhf(tfds.core.GeneratorBasedBuilder):
     """Pairs of HH-RLHF (Bai et al., 2022), as `sources.read_hh_rlhf` reads them; splits train and test.
 
     The configs are the two subsets: helpful, which PIT trains on (section 4.1), and harmless. How many rows were
-    dropped, by split and cause, is in `info.metadata["dropped"]`.
+    dropped, by split and cause, is in `info.metadata["dropped"]`, and in "files" the sha256 of each that was read.
 
     Sizes and sha256 of the test files of helpful-online and helpful-rejection-sampled are verified against the official
     files. Those of the others are not known here: TFDS records what it gets, and `register_checksums` of
@@ -186,6 +186,7 @@ class HhRlhf(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "First version."}
+    BASE, TEST = _HH, ("test",)
     FOLDERS = {
         "helpful": ("helpful-base", "helpful-online", "helpful-rejection-sampled"),
         "harmless": ("harmless-base",),
@@ -221,13 +222,14 @@ class HhRlhf(tfds.core.GeneratorBasedBuilder):
             ),
         )
 
+    @property
+    def files(self) -> list[str]:
+        """Names of the published files, below BASE."""
+        folders = self.FOLDERS[self.builder_config.name]
+        return [f"{folder}/{split}.jsonl.gz" for split in ("train", "test") for folder in folders]
+
     def _split_generators(self, dl_manager):
-        names = [
-            f"{folder}/{split}.jsonl.gz"
-            for split in ("train", "test")
-            for folder in self.FOLDERS[self.builder_config.name]
-        ]
-        files = _published_files(dl_manager, self._path, _HH, names, self.url_infos)
+        files = _published_files(self, dl_manager, self._path)
         found, dropped = {}, {}
         for split in ("train", "test"):
             rows, counts = [], collections.Counter()
@@ -249,11 +251,13 @@ class SummarizeComparisons(tfds.core.GeneratorBasedBuilder):
 
     Splits train, valid1 and valid2 are those that the rows name. The prompt's wording is ours, see
     `layouts.summary_prompt`. No size and no sha256 of these files could be verified here, so none is given: TFDS
-    records what it gets. How many rows were dropped, by split and cause, is in `info.metadata["dropped"]`.
+    records what it gets. How many rows were dropped, by split and cause, is in `info.metadata["dropped"]`, and in
+    "files" the sha256 of each that was read.
     """
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "First version."}
+    BASE, TEST = _SUMMARIES, ("valid1", "valid2")
     FILES = (
         *(f"batch{i}.json" for i in range(3, 23) if i != 21),
         *("batch0_cnndm.json", "cnndm0.json", "cnndm2.json", "edit_b2_eval_test.json"),
@@ -278,8 +282,13 @@ class SummarizeComparisons(tfds.core.GeneratorBasedBuilder):
             ),
         )
 
+    @property
+    def files(self) -> list[str]:
+        """Names of the published files, below BASE."""
+        return list(self.FILES)
+
     def _split_generators(self, dl_manager):
-        files = _published_files(dl_manager, self._path, _SUMMARIES, self.FILES, {})
+        files = _published_files(self, dl_manager, self._path)
         found, dropped = collections.defaultdict(list), collections.defaultdict(collections.Counter)
         for file in files.values():
             for where, row in row_files.read_rows(file):
@@ -302,25 +311,41 @@ PUBLISHED = {"hh_rlhf": HhRlhf, "summarize": SummarizeComparisons}
 """config.data.source -> its builder."""
 
 
+def _files_in(path: str | Path, names: Sequence[str]) -> dict[str, Path]:
+    """Files by name: those of a folder that are there.
+
+    Raises:
+      DataError: where there are none.
+    """
+    files = {name: Path(path) / name for name in names if (Path(path) / name).is_file()}
+    if not files:
+        raise DataError(f"{path}: has none of {', '.join(names)}")
+    return files
+
+
+def _digests(files: Mapping[str, Path]) -> dict[str, str]:
+    found = {}
+    for name, path in files.items():
+        with open(path, "rb") as file:
+            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
 def _published_files(
-    dl_manager: tfds.download.DownloadManager,
-    path: str | Path,
-    base: str,
-    names: Sequence[str],
-    known: Mapping[str, UrlInfo],
+    builder: HhRlhf | SummarizeComparisons, dl_manager: tfds.download.DownloadManager, path: str | Path
 ) -> dict[str, Path]:
-    """Files by name: those of a folder that are there, or all of them, downloaded.
+    """Files by name: those of a folder that are there, or all of them, downloaded; their sha256 goes to the metadata.
 
     Raises:
       DataError: where the folder has none, a file is not the one that was published, or there is no network.
     """
+    names, base = builder.files, builder.BASE
     if path:
-        files = {name: Path(path) / name for name in names if (Path(path) / name).is_file()}
-        if not files:
-            raise DataError(f"{path}: has none of {', '.join(names)}")
+        files = _files_in(path, names)
+        builder.info.metadata["files"] = _digests(files)
         for name, file in files.items():
-            info = known.get(f"{base}/{name}")
-            if info and hashlib.sha256(file.read_bytes()).hexdigest() != info.checksum:
+            info = (builder.url_infos or {}).get(f"{base}/{name}")
+            if info and builder.info.metadata["files"][name] != info.checksum:
                 raise DataError(
                     f"{file}: is not the published file, whose sha256 is {info.checksum}: get it from {base}/{name}, "
                     "or read your own by --config.data.source=file --config.data.path=FOLDER"
@@ -331,12 +356,14 @@ def _published_files(
         host = urllib.parse.urlsplit(base).hostname
         if not urllib.request.getproxies():  # TFDS would try for minutes
             socket.create_connection((host, 443), timeout=20).close()
-        return {name: Path(file) for name, file in dl_manager.download(urls).items()}
+        files = {name: Path(file) for name, file in dl_manager.download(urls).items()}
     except OSError as error:
         raise DataError(
             f"{host}: cannot be reached ({error}). Get {', '.join(names)} from {base} on another machine, keep the "
             "folders, and read them by --config.data.source=file --config.data.path=FOLDER"
         ) from error
+    builder.info.metadata["files"] = _digests(files)
+    return files
 
 
 def write_published(name: str, data_dir: str | Path | None = None, *, path: str | Path = "", config: str = "") -> Path:
@@ -345,41 +372,63 @@ def write_published(name: str, data_dir: str | Path | None = None, *, path: str 
     Args:
       name: a key of PUBLISHED.
       data_dir: a TFDS data directory; None: TFDS_DATA_DIR, or ~/tensorflow_datasets.
-      path: a folder with the published files; empty: they are downloaded.
+      path: a folder with published files, of which some may be missing; empty: all of them are downloaded.
       config: of the builder; empty: its first.
 
     Returns:
       The folder of the data set.
 
     Raises:
-      DataError: where files are missing, or cannot be downloaded.
+      DataError: where files are missing, or cannot be downloaded; where the folder holds a data set of other files.
     """
-    return _prepare(_published(name, data_dir, path, config))
+    builder = _published(name, data_dir, path, config)
+    folder = Path(builder.data_path)
+    if folder.exists():
+        held = dict((builder.info.metadata or {}).get("files", {}))
+        if path:
+            wanted = _digests(_files_in(path, builder.files))
+            differing = sorted(dict(held.items() ^ wanted.items()))
+        else:
+            differing = sorted({*builder.files} - held.keys())
+        if differing:
+            raise DataError(
+                f"{folder} holds a data set that was not made from {path or 'all published files'} (it differs in "
+                f"{', '.join(differing)}): remove it, or name another data_dir or TFDS_DATA_DIR"
+            )
+    return _prepare(builder)
+
+
+class Published(NamedTuple):
+    """A published set.
+
+    Attributes:
+      training, test: its rows, as it is divided itself; each row once.
+      dropped: cause -> number of other rows.
+      report: what `sources.read_config` says of each source, here of each split.
+    """
+
+    training: list[PreferenceExample]
+    test: list[PreferenceExample]
+    dropped: dict[str, int]
+    report: list[dict[str, Any]]
 
 
 def read_published(
     name: str, data_dir: str | Path | None = None, *, path: str | Path = "", config: str = ""
-) -> tuple[list[PreferenceExample], dict[str, int], list[dict[str, Any]]]:
-    """All rows of a published set, split by split, after `write_published`.
-
-    Args:
-      name, data_dir, path, config: as for `write_published`.
-
-    Returns:
-      (rows, number of dropped rows by cause, and what `sources.read_config` says of each source), splits in the order
-      of their names.
-    """
+) -> Published:
+    """All rows of a published set, after `write_published`, whose arguments these are."""
     write_published(name, data_dir, path=path, config=config)
     builder = _published(name, data_dir, "", config)
-    rows, counts, report = [], collections.Counter(), []
-    for split in sorted(builder.info.splits):
+    found, counts, report, seen = Published([], [], {}, []), collections.Counter(), [], set()
+    for split in sorted(builder.info.splits, key=lambda split: (split not in builder.TEST, split)):
+        rows = list(Source(builder.as_data_source(split=split)))
         dropped = dict((builder.info.metadata or {}).get("dropped", {}).get(split, {}))
-        found = list(Source(builder.as_data_source(split=split)))
+        rows, dropped = sources.without_repeats(rows, dropped, seen)
         line = {"path": f"{builder.data_path}:{split}", "format": name, "weight": 1.0, "dropped": dropped}
-        report.append(line | {"read": len(found) + sum(dropped.values()), "taken": len(found)})
-        rows += found
+        report.append(line | {"read": len(rows) + sum(dropped.values()), "taken": len(rows)})
+        (found.test if split in builder.TEST else found.training).extend(rows)
         counts.update(dropped)
-    return rows, dict(counts), report
+    return found._replace(dropped=dict(counts), report=report)
 
 
 def _published(name: str, data_dir: str | Path | None, path: str | Path, config: str):

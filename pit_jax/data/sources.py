@@ -519,3 +519,32 @@ def split_off(
         if number and not part:
             raise DataError(f"no prompt repeats so seldom that its rows fit num_{name}={number}")
     return tuple([rows[i] for i in sorted(part)] for part in (training, selection, test))
+
+
+TEST_PROMPT = "prompt_of_a_test_row"
+
+
+def split_published(
+    training: Rows, published: Rows, num_selection: int, num_test: int, seed: int
+) -> tuple[Rows, Rows, Rows, Counts]:
+    """`split_off` for a set that has test rows of its own: these alone are tested on, selection is of the others.
+
+    Args:
+      training, published: rows for training and for tests, as they were published.
+      num_selection, num_test: rows of the two parts; of fewer test rows all are taken.
+      seed: of the hash that prompts are ordered by.
+
+    Returns:
+      (training rows, selection rows, test rows, number of training rows that ask what a published test row does: they
+      are dropped).
+
+    Raises:
+      DataError: where nothing would be left for training, or no prompt's rows fit a part.
+    """
+    keys = prompt_keys([row.prompt for row in (*training, *published)])
+    asked = {*keys[len(training) :]}
+    kept = [row for row, key in zip(training, keys, strict=False) if key not in asked]
+    rest, selection, _ = split_off(kept, num_selection, 0, seed)
+    test = published if len(published) <= num_test else split_off(published, 0, num_test, seed)[2]
+    dropped = len(training) - len(kept)
+    return rest, selection, list(test), {TEST_PROMPT: dropped} if dropped else {}

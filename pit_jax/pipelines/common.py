@@ -111,11 +111,14 @@ def data_stage(context: Context, words: Sequence[str] = (), tokenizer: str | Pat
         )
         counts, parts = {}, []
     else:
+        sizes = config.data.num_selection, config.data.num_test, config.seed
         if config.data.source == "file":
             rows, counts, parts = sources.read_config(config.data, config.seed, answers=needs_answers(config))
+            rest, selection, test = sources.split_off(rows, *sizes)
         else:
-            rows, counts, parts = builders.read_published(config.data.source)
-        rest, selection, test = sources.split_off(rows, config.data.num_selection, config.data.num_test, config.seed)
+            rows, published, counts, parts = builders.read_published(config.data.source)
+            rest, selection, test, more = sources.split_published(rows, published, *sizes)
+            counts |= more
         if needs_answers(config):
             folds = sources.folds(rest, config.seed)
         else:  # M_base has learnt elsewhere: 1 to 3, as the paper's 25,000 and 75,000
