@@ -236,9 +236,11 @@ def _pretraining(context: Context) -> list[Form]:
     config = context.config
     if config.pretrain.checkpoint or not (context.rows["pretrain"] or context.rows["sft"]):
         return []
-    rows = common.pretraining_rows(context)
-    number = max(map(len, context.rows.values()))
-    return _likelihood(context, "pretrain: M_pre", rows[:number], config.pretrain.sft.loss_on_prompt)
+    rows, number = common.pretraining_rows(context), max(map(len, context.rows.values()))
+    text = [row for row in rows if len(row[0]) < 2]  # behind BOS, or nothing
+    dialogues = [row for row in rows if len(row[0]) > 1]
+    found = _likelihood(context, "pretrain: M_pre, text", text[:number], config.pretrain.sft.loss_on_prompt)
+    return found + _likelihood(context, "pretrain: M_pre", dialogues[:number], config.pretrain.sft.loss_on_prompt)
 
 
 def _pit_forms(context: Context) -> list[Form]:

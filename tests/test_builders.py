@@ -120,9 +120,9 @@ def test_a_part_of_a_set_is_not_taken_for_the_set(tmp_path):
     first = read(path=tmp_path / "some")
     assert len(first.training) == 3 and read(path=tmp_path / "some") == first
     for folder in ("more", "other"):
-        with pytest.raises(DataError, match=rf"not made from .*/{folder} \(it differs in helpful-base/train\.jsonl\.gz\)"):
+        with pytest.raises(DataError, match=rf"not made from .*/{folder} \(it differs in helpful-base/train"):
             read(path=tmp_path / folder)
-    with pytest.raises(DataError, match=r"all published files \(it differs in helpful-base/test\.jsonl\.gz, helpful-online/te"):
+    with pytest.raises(DataError, match=r"all published files \(it differs in helpful-base/test\.jsonl\.gz, h"):
         read()
 
 
@@ -214,7 +214,8 @@ def test_published_test_rows_are_the_test_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(builders.HhRlhf, "url_infos", {})
     found = builders.read_published("hh_rlhf", tmp_path / "tfds", path=tmp_path)
     monkeypatch.setattr(builders, "read_published", lambda name: found)
-    config = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "configs" / "pit_hh_rlhf.py"))["get_config"]("smoke")
+    path = pathlib.Path(__file__).parents[1] / "configs" / "pit_hh_rlhf.py"
+    config = runpy.run_path(str(path))["get_config"]("smoke")
     config = config_lib.from_config_dict(config_lib.PitConfig, config)
     data = dataclasses.replace(config.data, source="hh_rlhf", path="", num_selection=3, num_test=6)
     context = Context(dataclasses.replace(config, data=data), Workdir(tmp_path / "run", config), None)

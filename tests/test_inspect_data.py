@@ -199,6 +199,21 @@ def test_what_two_parts_share(tmp_path):
     assert (facts["duplicate_rows"], facts["prompts"], facts["prompts_in_two_parts"]) == (2, 31, 1)
 
 
+def test_text_and_dialogues_of_pretraining_are_shown(tmp_path):
+    rows = write(tmp_path / "a.jsonl", [dataclasses.asdict(r) for r in ROWS])
+    (tmp_path / "book.txt").write_text("An apple is a fruit. " * 40)
+    config = file_config(rows)
+    settings = dataclasses.replace(config.pretrain.sft, sequence_length=64)
+    pretrain = dataclasses.replace(config.pretrain, text=str(tmp_path / "book.txt"), sft=settings)
+    context, _ = inspect_data.prepare(dataclasses.replace(config, pretrain=pretrain), tmp_path / "run")
+    forms = [form for form in inspect_data.forms_of(context, 2) if form.stage.startswith("pretrain")]
+    assert [(form.stage, form.row) for form in forms] == [
+        (f"pretrain: M_pre{kind}", i) for kind in (", text", "") for i in range(2)
+    ]
+    first, last = drawn(forms[0].segments), drawn(forms[2].segments)
+    assert "An apple is a fruit." in first and "Human:" not in first and "Human: Name fruit" in last
+
+
 def test_a_failing_data_stage_shows_the_lengths(tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", [dataclasses.asdict(r) for r in ROWS])
     with pytest.raises(ValueError, match=r"widen config\.data\.\*_window"):

@@ -204,7 +204,8 @@ def test_names_of_columns(tmp_path, row, expected):
 def test_numbers_that_may_be_of_the_other_answer(tmp_path, names, verdicts):
     rows = [{"prompt": FRUIT, names[0]: "apple", names[1]: "carrot", "preference": v} for v in verdicts]
     message = error_of(sources.read, write(tmp_path / "a.jsonl", *rows))
-    assert f"line 1: column 'preference' has {sorted({str(int(v)) for v in verdicts})} in this file, and never" in message
+    said = sorted({str(int(v)) for v in verdicts})
+    assert f"line 1: column 'preference' has {said} in this file, and never" in message
     assert f"stands for '{names[0]}': write the name of the better column" in message
     counted = {"response_1": 2, "response_0": 0}[names[0]]  # one row by which it is seen how they are counted
     found, counts = sources.read(write(tmp_path / "b.jsonl", *rows, rows[0] | {"preference": counted}))

@@ -4,8 +4,8 @@ Prompts that are dialogues, or that we word ourselves, end with a blank line as 
 template `Human: {x}Assistant:` makes a dialogue of them. Prompts that are a column of text stay as they are. Answers
 have no outer whitespace.
 
-Of a dialogue in one text, "\\n\\nHuman:" and "\\n\\nAssistant:" open its turns: where a single turn quotes them, it gets
-a space before the name (`one_turn`), so that nobody's text becomes the turn of somebody else.
+Of a dialogue in one text, "\\n\\nHuman:" and "\\n\\nAssistant:" open its turns: where a single turn quotes them, it
+gets a space before the name (`one_turn`), so that nobody's text becomes the turn of somebody else.
 """
 
 import dataclasses
@@ -234,6 +234,9 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 _TIES = ("", "tie", "0", "-1")
 
 
+Turns = list[tuple[str, str]]
+
+
 class Seen(NamedTuple):
     """What the rows of a file say together and none says alone.
 
@@ -249,7 +252,7 @@ class Seen(NamedTuple):
 def look_at(rows: Iterable[tuple[str, Fields]], names: Mapping[str, str]) -> Seen:
     """Looks at all (where, row) of a file; names as for `columns`."""
     filled, verdicts = set(), set()
-    for where, row in rows:
+    for _, row in rows:
         filled |= {name for name in COLUMNS["prompt"] if row.get(name) is not None}
         found = _pair_names(row, names)
         if len(found) == 3:
@@ -336,6 +339,13 @@ def _texts(
     return (one_turn(f"{system.strip()}\n\n") if system.strip() else "") + x, chosen, rejected
 
 
+def _opens(prompt: Any, turns: Turns, where: str) -> bool:
+    """Whether a prompt is that of a dialogue: its first messages, or as a text a turn of the user."""
+    if isinstance(prompt, list):
+        return turns[: len(prompt)] == _turns(prompt, where, "prompt", "")
+    return not isinstance(prompt, str) or _says(prompt, [text for role, text in turns if role == "user"])
+
+
 def _chat(row: Fields, prompt: Any, system: str, both: tuple[str, ...], where: str) -> tuple[str, str, str] | str:
     """(x, y_w, y_l) of chat messages, or why there is none."""
     dialogues = []
@@ -344,9 +354,7 @@ def _chat(row: Fields, prompt: Any, system: str, both: tuple[str, ...], where: s
         if turns and turns[0][0] == "assistant":
             before = _turns(prompt, where, "prompt", system)
             turns = before and [*before, *turns]
-        elif turns and isinstance(prompt, list) and turns[: len(prompt)] != _turns(prompt, where, "prompt", ""):
-            return PROMPTS_DIFFER
-        elif turns and isinstance(prompt, str) and not _says(prompt, [t for role, t in turns if role == "user"]):
+        elif turns and not _opens(prompt, turns, where):
             return PROMPTS_DIFFER
         elif turns and system.strip() and turns[0][0] != "system":
             turns = [("system", system.strip()), *turns]
@@ -420,13 +428,12 @@ def _answers(row: Fields, where: str, names: Mapping[str, str], seen: Seen) -> t
     said = _verdict(row[better])
     same = len(os.path.commonprefix([first, second]))
     counted = _COUNTED.get((first[same:], second[same:]), "")
-    if counted and not {counted, first.lower() if counted == "0" else second.lower()} & seen.verdicts:
-        if seen.verdicts & {"0", "-1"}:
-            raise DataError(
-                f"{where}: column {better!r} has {sorted(seen.verdicts)} in this file, and never {counted}, so that "
-                f"nobody can tell which number stands for {first!r}: write the name of the better column, or 'tie', "
-                "in its place"
-            )
+    telling = {counted, (first if counted == "0" else second).lower()}
+    if counted and seen.verdicts & {"0", "-1"} and not seen.verdicts & telling:
+        raise DataError(
+            f"{where}: column {better!r} has {sorted(seen.verdicts)} in this file, and never {counted}, so that nobody "
+            f"can tell which number stands for {first!r}: write the name of the better column, or 'tie', in its place"
+        )
     for i, name in enumerate((first, second)):
         if said and said in (name.lower(), name[same:].lower()):
             return (first, second) if i == 0 else (second, first)
@@ -461,9 +468,6 @@ def _plain(row: Fields, prompt_name: str, system: str, names: Mapping[str, str],
     if prompt.strip() and (parts[0] or parts[2]):
         prompt = "\n\n".join(filter(None, parts))
     return one_turn(prompt) if prompt.endswith("\n\n") else prompt
-
-
-Turns = list[tuple[str, str]]
 
 
 def _turns(value: Any, where: str, field: str, system: str) -> Turns | None:

@@ -64,7 +64,7 @@ def files_of(path: str | Path) -> list[Path]:
     for f in found:
         other = names.setdefault(re.sub(_COMPRESSED, "", str(f), flags=re.IGNORECASE), f)
         if other != f:
-            raise DataError(f"{path}: has {other} and {f}, which may be the same rows twice: remove one, or name a file")
+            raise DataError(f"{path}: has {other} and {f}, which may be the same rows twice: remove one of them")
     return [path / f for f in found]
 
 

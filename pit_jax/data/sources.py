@@ -1,7 +1,7 @@
 """Preference rows from files, in the layouts that such sets are published in; mixtures of sets; how rows are divided.
 
-jsonl        {"prompt", "chosen", "rejected"}: our own fields, texts as they are; a prompt that ends with a blank line is a
-             dialogue as `split_dialogue` gives it
+jsonl        {"prompt", "chosen", "rejected"}: our own fields, texts as they are; a prompt that ends with a blank line
+             is a dialogue as `split_dialogue` gives it
 hh_rlhf      Anthropic's dialogues
 summarize    OpenAI's comparisons of summaries
 tldr         summaries of Reddit posts by a model and by the author, judged

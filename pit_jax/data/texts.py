@@ -18,7 +18,7 @@ def read(path: str | Path) -> list[str]:
     end as on Unix; empty documents are left out.
 
     Raises:
-      DataError: names file and line.
+      DataError: names file and line; for a file of another kind.
     """
     documents = [text.replace("\r\n", "\n") for file in _files(Path(path)) for text in _documents(file) if text.strip()]
     if not documents:
@@ -65,8 +65,11 @@ def _files(path: Path) -> list[Path]:
     if not path.exists():
         raise DataError(f"{path}: no such file or folder (config.pretrain.text)")
     if not path.is_dir():
+        if not _kind(path):
+            raise DataError(f"{path}: text is read from .txt files and from .jsonl with a field 'text' (.gz, .xz)")
         return [path]
-    files = sorted(f for f in path.rglob("*") if f.is_file() and _kind(f) and not f.name.startswith("."))
+    inside = (f for f in path.rglob("*") if f.is_file() and _kind(f))
+    files = sorted(f for f in inside if not any(part.startswith(".") for part in f.relative_to(path).parts))
     if not files:
         raise DataError(f"{path}: no .txt or .jsonl file (.gz, .xz) in this folder or below it")
     return files

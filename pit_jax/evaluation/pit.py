@@ -170,13 +170,13 @@ def reward_models(run: Evaluation) -> dict:
 
 
 def word_counts(run: Evaluation) -> dict | None:
-    """Accuracy of word counts that learn from the rows of R_P; None without scikit-learn."""
+    """Accuracy of word counts that learn from the rows of R_P; None without scikit-learn, empty without words."""
     if importlib.util.find_spec("sklearn") is None:
         return None
     splits = [run.context.rows[name] for name in ("rm", "selection", "test")]
-    spec = {"rows": [store.digest([[r.chosen, r.rejected] for r in split]) for split in splits]}
+    spec = {"words": "with case", "rows": [store.digest([[r.chosen, r.rejected] for r in split]) for split in splits]}
     path = run.maker.root / "agreement" / "bag_of_words.json"
-    return store.values(path, spec, lambda: bag_of_words.accuracy(*splits))
+    return store.values(path, spec, lambda: bag_of_words.accuracy(*splits) or {})
 
 
 def judge_agreement(run: Evaluation, judge: Judge) -> dict | None:
