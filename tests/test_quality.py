@@ -39,6 +39,15 @@ def test_labels_that_nothing_tells_are_not_learnt():
     assert np.mean(learnt == [r.label for r in rows]) > 0.65  # what was learnt from is remembered
 
 
+def test_accuracy_is_that_of_the_filter():
+    """Where hardly anything is let through, it is right on the bad rows alone."""
+    rows = rows_of(200, lambda rng: rng.random() < 0.7)
+    found = [quality.train(rows, 0.25, 0, min_quality) for min_quality in (0.5, 1.0, 0.0)]
+    assert found[0].accuracy >= 0.96
+    assert found[1].accuracy == pytest.approx(1 - found[0].majority)
+    assert found[2].accuracy == pytest.approx(found[0].majority)
+
+
 def test_no_prompt_is_on_both_sides():
     """Ten prompts with ten rows each, of which a prompt's are all good or all bad: two whole prompts are held out."""
     rows = [Labelled(f"prompt {i}", f"word{i} word{j}", i % 2 == 0) for i in range(10) for j in range(10)]

@@ -244,6 +244,21 @@ def test_prompts_that_say_the_same(tmp_path):
     assert summary["dropped"][synthesize.DUPLICATE] == 3 and summary["rows"] == 2
 
 
+def test_a_run_that_goes_on_has_seen_what_one_without_a_stop_has():
+    """The prompt of a record with equal answers is free for another, whether or not there was a stop between them."""
+    records = [
+        {"question": "One?", "prompt": "One more.", "dropped": synthesize.SAME_ANSWERS},
+        {"question": "Two", "prompt": "two!", "dropped": synthesize.UNCHANGED},
+        {"question": "Three", "dropped": "extend: empty answer"},
+        {"question": "Four", "prompt": "Four more", "dropped": ""},
+        {"dropped": "question: empty answer"},
+    ]
+    assert synthesize.seen_prompts(records) == {"one", "two", "three", "four", "four more"}
+    seen = set()
+    extend = synthesize.make_steps(SynthesisConfig(), synthesize.load_prompts(), seen)[1]
+    assert extend.drop(records[0] | {"chosen": "y", "rejected": "y"}) == synthesize.SAME_ANSWERS and not seen
+
+
 # Bad replies
 
 HALF = '{"id": "x", "choices": [{"index": 0, "message": {"role": "assistant", "content": "### Ques'
@@ -558,6 +573,11 @@ def test_an_answer_cannot_write_its_own_verdict(tmp_path):
         ("<think>### Question\nx\n### Answer\ny</think>__Question__\na\n__Answer__\nc", "a", "c"),
         ("### Question\r\na\r\n### Answer\r\nc", "a", "c"),
         ("### Question\nAnswer the call.\n### Answer\n### Question\nc", "Answer the call.", "### Question\nc"),
+        ("```\n### Question\na\n### Answer\nb\n```\n", "a", "b"),
+        ("Sure:\n```text\n### Question\na\n### Answer\n```py\nb\n```\n```", "a", "```py\nb\n```"),
+        ("### Question\na\n### Answer\n```py\nb\n```", "a", "```py\nb\n```"),
+        ("```\nx\n```\n### Question\na\n### Answer\nb\n```", "a", "b\n```"),
+        ("```\n### Question\na\n### Answer\nb\n```py", "a", "b\n```py"),
     ],
 )
 def test_question_and_answer(reply, question, answer):
@@ -597,6 +617,10 @@ def test_a_hostile_line_takes_linear_time():
         (r"2) \[\[no\]\]" + "\n(1) \\[[**yes**]]", [True, False]),
         ("<think>1. [[no]]</think>1. [[yes]]\n2. [[no]]\n3. [[yes]]", [True, False]),
         ("1. The list has\n1. Buy milk\n[[no]]\n1. [[yes]]\n2. yes", [True, True]),
+        ("1. yes\n2. no\n2 requirements were looked at, all fine [[yes]]\n2/2 [[yes]]", [True, False]),
+        ("1 - short [[yes]]\n2 [[no]]\n2.5 words a line, 2-word lines [[yes]]", [True, False]),
+        ("Requirement 1 is met [[yes]]\n**Requirement 2** is not [[no]]\nRequirement 22 [[yes]]", [True, False]),
+        ("1 yes\n2 (no)", [True, False]),
     ],
 )
 def test_verdicts(reply, expected):
@@ -609,6 +633,7 @@ def test_verdicts(reply, expected):
         ("1. [[yes]]", "a verdict is missing"),
         ("1. [[yes]]\n2. No commas were found.", "a verdict is missing"),
         ("1. [[yes]]\n2. looks good\n[[yes]]", "a verdict is missing"),
+        ("1. [[yes]]\n2. It has\n2 sentences, as asked [[yes]]", "a verdict is missing"),
         ("1. [[yes]]\n2. [[yes]] if so, else [[no]]", "verdicts contradict"),
         ("1. [[yes]]\n2. [[yes]]\n1. [[no]]", "verdicts contradict"),
         ("yes, all of them", "a verdict is missing"),

@@ -46,7 +46,7 @@ class Classifier(NamedTuple):
 
     Attributes:
       weights: [NUM_BUCKETS + 1] float32, the last of the constant.
-      accuracy: on held-out rows.
+      accuracy: on held-out rows, where it lets through what it finds good with at least `min_quality`.
       majority: what always giving the label that is more frequent among the rows learnt from would have there.
       num_train: rows that it has learnt from.
       num_held_out: rows that it was measured on.
@@ -97,13 +97,14 @@ def features(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
     return x
 
 
-def train(rows: Sequence[Labelled], held_out: float, seed: int) -> Classifier:
+def train(rows: Sequence[Labelled], held_out: float, seed: int, min_quality: float = 0.5) -> Classifier:
     """Fits the classifier on a part of the rows and measures it on the others, with which it shares no prompt.
 
     Args:
       rows: labelled.
       held_out: share of the prompts that is measured on.
       seed: of the hash that prompts are ordered by.
+      min_quality: the probability from which on a row counts as good.
 
     Raises:
       DataError: where there are too few rows, or one label only.
@@ -126,7 +127,8 @@ def train(rows: Sequence[Labelled], held_out: float, seed: int) -> Classifier:
     used = x.any(axis=0)  # the other weights stay 0
     weights = np.zeros(x.shape[1], np.float32)
     weights[used] = fit_logistic(x[:, used], signs(learnt))
-    right = (inputs(test) @ weights > 0) == (signs(test) > 0)
+    found = probabilities(Classifier(weights, 0.0, 0.0, 0, 0), [r.prompt for r in test], [r.response for r in test])
+    right = (found >= min_quality) == (signs(test) > 0)
     usual = signs(learnt).sum() >= 0
     return Classifier(weights, float(right.mean()), float(np.mean((signs(test) > 0) == usual)), len(learnt), len(test))
 

@@ -176,8 +176,8 @@ def without_thoughts(reply: str) -> str:
 def question_and_answer(reply: str) -> tuple[str, str]:
     """The texts below the headings "Question" and "Answer", also "### New Question", "**Answer:**" and the like.
 
-    The answer is all behind its heading, whatever it says. A heading with hashes wins over others, as a question may
-    have a line such as "Answer: yes".
+    The answer is all behind its heading, whatever it says, but for the end of a code block that holds both. A heading
+    with hashes wins over others, as a question may have a line such as "Answer: yes".
 
     Raises:
       Unusable: where a heading or the text below it is missing.
@@ -198,6 +198,10 @@ def question_and_answer(reply: str) -> tuple[str, str]:
 
     i, first = find("question", 0)
     j, second = find("answer", i + 1)
+    fences = lambda part: sum(line.lstrip().startswith("```") for line in part)  # noqa: E731
+    last = max(k for k, line in enumerate(lines) if line.strip())
+    if fences(lines[:i]) % 2 and fences(lines[j + 1 :]) % 2 and lines[last].strip() == "```":
+        del lines[last:]
     question, answer = ("\n".join([a, *b]).strip() for a, b in ((first, lines[i + 1 : j]), (second, lines[j + 1 :])))
     for name, text in (("question", question), ("answer", answer)):
         if not text:
@@ -205,7 +209,12 @@ def question_and_answer(reply: str) -> tuple[str, str]:
     return question, answer
 
 
-_NUMBERED = re.compile(r"\W*(?:requirement[ \t]*)?(\d{1,3})\b(.*)", re.IGNORECASE)
+# "3 requirements were looked at [[yes]]" and "3/3 [[yes]]" are no verdicts of the third.
+_NUMBERED = re.compile(
+    r"\W*(?:requirement[ \t]*(\d{1,3})\b|"
+    r"(\d{1,3})(?=[.:)\]*_](?!\d)|[ \t]*[-–—|=→][ \t]|[ \t]*[\[\\]|[ \t]+[*_(]*(?:yes|no)\b))(.*)",
+    re.IGNORECASE,
+)
 _MARK = re.compile(r"\\?\[[ \t]*\\?\[[ \t*_`]*(yes|no)[ \t*_`]*\\?\][ \t]*\\?\]", re.IGNORECASE)
 _BARE = re.compile(r"\W*(yes|no)\W*", re.IGNORECASE)
 
@@ -222,8 +231,9 @@ def verdicts(reply: str, num_requirements: int) -> list[bool]:
     for line in without_thoughts(reply).splitlines():
         match = _NUMBERED.fullmatch(line)
         if match:
-            bare = _BARE.fullmatch(match[2])
-            found[int(match[1])] |= {mark.lower() for mark in _MARK.findall(match[2]) or ([bare[1]] if bare else [])}
+            number, said = int(match[1] or match[2]), match[3]
+            bare = _BARE.fullmatch(said)
+            found[number] |= {mark.lower() for mark in _MARK.findall(said) or ([bare[1]] if bare else [])}
     said = [found[i] for i in range(1, num_requirements + 1)]
     if not all(said):
         raise Unusable("a verdict is missing")
@@ -352,6 +362,12 @@ def make_steps(config: SynthesisConfig, prompts: Prompts, seen: set[str]) -> lis
         verify("rejected", lambda met: REJECTED_MEETS if all(met) else ""),
         Step("reflect", ask_reflect, lambda record, reply: read_reflection(reply)),
     ]
+
+
+def seen_prompts(records: Sequence[Record]) -> set[str]:
+    """What `make_steps` has seen when it made these records; prompts with equal answers are not looked at there."""
+    found = {plain(record["question"]) for record in records if "question" in record}
+    return found | {plain(r["prompt"]) for r in records if "prompt" in r and r["dropped"] != SAME_ANSWERS}
 
 
 def take(server: "Server", step: Step, records: Sequence[Record], description: str) -> list[Record]:
@@ -572,7 +588,7 @@ def run(config: SynthesisConfig, output: Path) -> dict[str, Any]:
     server.settings(0.0, "")  # raises where a field is not one of a client's
     classifier = None
     if config.labels:
-        classifier = quality.train(quality.read_labels(config.labels), config.held_out, config.seed)
+        classifier = quality.train(quality.read_labels(config.labels), config.held_out, config.seed, config.min_quality)
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output={output} is a file: name a folder")
     begun = (output / "records.jsonl").exists()
@@ -609,8 +625,7 @@ def _make(
 ) -> None:
     """Adds records until there are enough rows."""
     most = config.max_candidates or 4 * config.num_rows
-    seen = {plain(line[field]) for line in journal.lines for field in ("question", "prompt") if field in line}
-    steps = make_steps(config, prompts, seen)
+    steps = make_steps(config, prompts, seen_prompts(journal.lines))
     while len(kept.rows) < config.num_rows and len(journal.lines) < most:
         start = len(journal.lines)
         last = kept.rows[-1]["candidate"] + 1 if kept.rows else 0
