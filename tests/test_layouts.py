@@ -475,7 +475,7 @@ def test_prompts_alone_in_other_layouts(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "num_rows", "counts"),
-    [("dpo_en_demo_300", 300, {}), ("rasbt_polite_preference_1100", 1100, {"same_answers": 6})],
+    [("dpo_en_demo_300", 300, {"duplicate_row": 5}), ("rasbt_polite_preference_1100", 1100, {"same_answers": 6})],
 )
 def test_published_columns(name, num_rows, counts):
     rows, found = sources.read(published("preferences", f"{name}.json.xz"))
@@ -531,6 +531,11 @@ def test_parquet(tmp_path):
     found, counts = sources.read(tmp_path)
     assert [row.prompt for row in found] == [row["prompt"] for row in rows if row["prompt"] != "p2"]
     assert counts == {"same_answers": 1}
+    more = {"requirements": [{"kind": "contains", "value": "w"}, {"kind": "no_commas"}]}
+    one, two = (rows[i] | more | ({"reflection": "c"} if i else {}) for i in (0, 1))
+    found, _ = sources.read(write_parquet(tmp_path / "e.parquet", two, one))  # fields that are missing are null there
+    assert [row.reflection for row in found] == ["c", ""]
+    assert found[1].requirements == (Requirement("contains", "w"), Requirement("no_commas"))
     bad = write_parquet(tmp_path / "c.parquet", rows[0], rows[1] | {"chosen": None})
     assert f"{bad}, row 2: field 'chosen' is a JSON null" in error_of(sources.read, bad)
     bad = write_parquet(tmp_path / "d.parquet", rows[0] | {"chosen": b"bytes"})

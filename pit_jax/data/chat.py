@@ -27,9 +27,9 @@ USER, ASSISTANT = "user", "assistant"
 def split_turns(prompt: str) -> list[str]:
     """The turns of a prompt, without outer whitespace: user, assistant, ..., user.
 
-    Only a prompt that ends with a blank line has more than one: those that `sources.split_dialogue` makes of HH-RLHF,
-    whose earlier turns open with "\\n\\nAssistant:" and "\\n\\nHuman:". Of two such marks of one speaker in a row, the
-    second is text.
+    Only a prompt that ends with a blank line has more than one: those of dialogues, whose earlier turns open with
+    "\\n\\nAssistant:" and "\\n\\nHuman:". Of two such marks of one speaker in a row, the second is text. Where a text
+    quotes such marks, its reader has made text of them (`layouts.one_turn`).
     """
     if not prompt.endswith("\n\n"):
         return [prompt.strip()]

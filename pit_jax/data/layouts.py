@@ -88,7 +88,9 @@ def requirements(row: Fields, where: str) -> tuple[Requirement, ...]:
         field = f"requirements[{i}]"
         if not isinstance(value, dict):
             raise DataError(f"{where}: field {field!r} is a JSON {json_type(value)}, but must be an object")
-        kind, argument = string_field(value, f"{field}.kind", where), string_field(value, f"{field}.value", where, "")
+        kind = string_field(value, f"{field}.kind", where)
+        # Of Parquet, whose structs have all fields.
+        argument = "" if value.get("value") is None else string_field(value, f"{field}.value", where)
         if not kind:
             raise DataError(f"{where}: field '{field}.kind' is empty")
         found.append(Requirement(kind, argument))
