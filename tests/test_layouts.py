@@ -240,6 +240,12 @@ def test_nothing_beside_the_prompt_is_lost(tmp_path):
         assert found.requirements == ((Requirement("contains", "a"),) if x is None else ())
 
 
+def test_what_only_later_rows_have_is_not_lost(tmp_path):
+    row = {"prompt": FRUIT, "chosen": "apple", "rejected": "carrot"}
+    path = write(tmp_path / "a.jsonl", row, row | {"system": "Be brief."})
+    assert [found.prompt for found in sources.read(path)[0]] == [FRUIT, f"Be brief.\n\n{FRUIT}"]
+
+
 HH = "\n\nHuman: Hi.\n\nAssistant: Hello!\n\nHuman: Tea?\n\nAssistant:"
 
 

@@ -16,6 +16,7 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
@@ -182,25 +183,26 @@ FORMATS = ("jsonl", "hh_rlhf", "summarize", "tldr", "columns")
 def detect_format(path: str | Path, *, answers: bool = True) -> str:
     """One of FORMATS, from the first row: HH-RLHF rows have both answers and no prompt.
 
-    Rows of prompt, chosen, rejected are jsonl only where that loses nothing: not with a system text or an input beside
-    the prompt, nor where prompt or answers are written as dialogues of HH-RLHF.
+    Rows of prompt, chosen, rejected are jsonl only where that loses nothing: not where one of the first hundred has a
+    system text or an input beside the prompt, or a prompt or an answer written as a dialogue of HH-RLHF.
 
     Args:
       path: a file or folder.
       answers: False: prompts alone will do.
     """
-    where, row = next(read_rows(path))
+    first = list(itertools.islice(read_rows(path), 100))
+    where, row = first[0]
     text = lambda *fields: not any(isinstance(row.get(field), list | dict) for field in fields)  # noqa: E731
     if {"info", "summaries", "choice"} <= row.keys():
         return "summarize"
     if {"query", "postprocessed_response", "reference_responses", "preferred"} <= row.keys():
         return "tldr"
     both = {"chosen", "rejected"} <= row.keys()
-    dialogue = any(layouts.dialogue_prompt(row[name]) is not None for name in ("prompt", "chosen")
-                   if isinstance(row.get(name), str))  # fmt: skip
-    more = row.keys() & {*layouts.COLUMNS["system"], *layouts.COLUMNS["context"]}  # of which jsonl knows nothing
     if "prompt" in row and text("prompt", "chosen", "rejected") and (both or not layouts.is_pair(row)):
-        return "columns" if dialogue or more else "jsonl"
+        more = {*layouts.COLUMNS["system"], *layouts.COLUMNS["context"]}  # of which jsonl knows nothing
+        texts = (fields.get(name) for _, fields in first for name in ("prompt", "chosen"))
+        dialogues = (isinstance(value, str) and layouts.dialogue_prompt(value) is not None for value in texts)
+        return "columns" if any(dialogues) or any(more & fields.keys() for _, fields in first) else "jsonl"
     if both and text("chosen", "rejected"):
         return "columns" if any(name in row for name in layouts.COLUMNS["prompt"]) else "hh_rlhf"
     if layouts.is_pair(row) or (
