@@ -13,6 +13,7 @@ from test_tokenizer import ADVERSARIAL, CORPUS
 
 from pit_jax.data import hugging_face, tokenizer as tokenizer_lib, tokenizer_files as files
 from pit_jax.data.tokenizer import CANDIDATE, CONTROL_SYMBOLS, IMPROVED
+from pit_jax.models import hf
 
 DATA = pathlib.Path(os.environ.get("PIT_JAX_DATA", pathlib.Path(__file__).parents[1] / ".." / "shared" / "data"))
 FOLDER = DATA / "tokenizers"
@@ -22,7 +23,7 @@ MODELS = {
     "1k": "spm_test_model_1k.model",
     "4k": "tftext_fast_sentencepiece.model",
 }
-ROLES = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+ROLES = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "add_bos_token": True}
 MARKERS = ["<s>", "</s>", "<pad>", "<unk>", "<|im_start|>", "<|im_end|>", "<|tool|>", "<|endoftext|>", "[CLS]"]
 MARKERS += ["<extra_id_0>", " <extra_id_99>", "[MASK]", "<0x41>", "<start_of_turn>", *CONTROL_SYMBOLS]
 
@@ -307,6 +308,19 @@ def test_transformers_reads_what_is_saved(made, kind, tmp_path):
         assert theirs("the fox").input_ids == [tok.bos_id, *tok.encode("the fox")], "rows begin with BOS, once"
 
 
+@pytest.mark.parametrize("prefixed", [True, False])
+def test_transformers_reads_a_model_that_has_no_table(prefixed, tmp_path):
+    """Gemma's kind: pieces that are found before any merge. The class is named, so that a space is put as it should."""
+    transformers = pytest.importorskip("transformers")
+    tok = tokenizer_lib.SentencePiece(sentencepiece_model(add_dummy_prefix=prefixed))
+    tok.save(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"tokenizer.model", "tokenizer_config.json"}
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("the quick fox", "xab", "a\nb"):
+        assert theirs(text).input_ids == [tok.bos_id, *tok.encode(text)]
+    assert (theirs.eos_token_id, theirs.convert_tokens_to_ids(IMPROVED)) == (tok.eos_id, tok.control_ids[IMPROVED])
+
+
 @pytest.mark.parametrize("kind", ["bytes", "trained", "bpe", "unigram with markers"])
 def test_the_written_table_has_the_ids_of_the_model(made, kind, tmp_path):
     """tokenizer.json alone, on text that is meant to go wrong."""
@@ -393,6 +407,60 @@ def test_tokens_that_only_the_config_adds(tmp_path):
     assert tok.encode_markup("<|new|>") == [267] and tok.control_ids[CANDIDATE] == 268
 
 
+@pytest.mark.parametrize("added_bos", [None, True, False])
+@pytest.mark.parametrize("puts_bos", [True, False])
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "PreTrainedTokenizerFast", "LlamaTokenizerFast", "GemmaTokenizer"])
+def test_rows_begin_with_bos_where_the_tokenizer_puts_it(tmp_path, kind, puts_bos, added_bos):
+    """A BOS that is only named, as that of SmolLM2, which is its EOS too, begins no row; add_bos_token has the word."""
+    pytest.importorskip("tokenizers")
+    roles = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": kind}
+    byte_level(tmp_path, roles=roles, **({} if added_bos is None else {"add_bos_token": added_bos}))
+    if puts_bos:
+        table = json.loads((tmp_path / "tokenizer.json").read_text())
+        table["post_processor"] = files.bytes_json({"<s>": 260}, "<s>")["post_processor"]
+        (tmp_path / "tokenizer.json").write_text(json.dumps(table))
+    tok = tokenizer_lib.load(tmp_path)
+    assert tok.names["bos_token"] == "<s>"
+    assert tok.bos_id == (260 if (puts_bos if added_bos is None else added_bos) else None)
+    if added_bos in (None, puts_bos):
+        transformers = pytest.importorskip("transformers")
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)("").input_ids
+        assert theirs == ([260] if tok.bos_id else [])
+
+
+def test_tokens_beside_a_table(tmp_path):
+    """Ours do not take the ids of tokens that only added_tokens.json has, and hf counts them alike."""
+    pytest.importorskip("tokenizers")
+    byte_level(tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"<|x|>": 267, "<s>": 260}')
+    tok = tokenizer_lib.load(tmp_path)
+    assert tok.encode_markup("<|x|>") == [267] and tok.control_ids[CANDIDATE] == 268
+    assert hf.tokenizer_size(tmp_path) == (268, [*CONTROL_SYMBOLS]) and tok.vocab_size == 270
+    tok.save(tmp_path / "saved")
+    assert tokenizer_lib.load(tmp_path / "saved").digest == tok.digest
+
+
+def test_roles_and_tokens_that_only_the_config_gives_a_sentencepiece_model(tmp_path):
+    """As of a fine-tuned Llama 2 with turns of ChatML: both markers, and the second ends a row."""
+    model = sentencepiece_model(user_defined_symbols=[])
+    size = len(files.pieces_of(model, "m"))
+    decoder = {
+        str(size + i): {"content": text, "special": True} for i, text in enumerate(["<|im_start|>", "<|im_end|>"])
+    }
+    settings = {"eos_token": {"content": "<|im_end|>"}, "bos_token": "<s>", "added_tokens_decoder": decoder}
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tok = tokenizer_lib.load(tmp_path)
+    assert hf.tokenizer_size(tmp_path) == (size + 2, [*CONTROL_SYMBOLS])
+    assert (tok.bos_id, tok.eos_id, tok.control_ids[CANDIDATE]) == (1, size + 1, size + 2)
+    assert tok.names["eos_token"] == "<|im_end|>" and 2 in tok.special_ids
+    alone = tokenizer_lib.SentencePiece(tok.model)  # as a run keeps it
+    assert (alone.eos_id, alone.bos_id, alone.digest) == (tok.eos_id, tok.bos_id, tok.digest)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "the", "bos_token": "none"}))
+    plain = tokenizer_lib.load(tmp_path)
+    assert (plain.bos_id, plain.eos_id) == (1, 2), "what a text spells ends no row"
+
+
 def test_tokens_beside_a_sentencepiece_model(tmp_path):
     model = sentencepiece_model()
     size = len(files.pieces_of(model, "m"))
@@ -414,6 +482,9 @@ def test_a_folder_of_hugging_face_wins_over_its_sentencepiece_model(tmp_path):
     assert isinstance(tokenizer_lib.load(folder), tokenizer_lib.SentencePiece)
 
 
+TABLE = '{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}, "added_tokens": []}'
+
+
 @pytest.mark.parametrize(
     ("files_", "message"),
     [
@@ -425,6 +496,11 @@ def test_a_folder_of_hugging_face_wins_over_its_sentencepiece_model(tmp_path):
           '"special": true}]}', "tokenizer_config.json": '{"eos_token": "<s>"}'}, "library reads"),
         ({"tokenizer.model": "no model"}, "is no SentencePiece model"),
         ({"tokenizer_config.json": "{"}, r"tokenizer_config\.json is not JSON"),
+        ({"tokenizer.model": "", "tokenizer_config.json": '{"chat_template": 5}'}, "is no SentencePiece model"),
+        ({"tokenizer.json": TABLE, "tokenizer_config.json": '{"chat_template": 5}'}, "chat_template in .* is 5"),
+        ({"tokenizer.json": TABLE, "added_tokens.json": '{"<x>": "9"}'}, "'<x>' an id that is no whole number"),
+        ({"tokenizer.json": TABLE, "tokenizer_config.json": '{"added_tokens_decoder": {"9": "<x>"}}'}, "a wrong kind"),
+        ({"tokenizer.json": '{"model": {"type": "BPE", "vocab": 5}}'}, "a value of a wrong kind"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said(tmp_path, files_, message):

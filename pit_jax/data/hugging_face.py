@@ -15,6 +15,7 @@ CONFIG_FILE = "tokenizer_config.json"
 CHAT_FILE = "chat_template.jinja"
 MAP_FILE = "special_tokens_map.json"
 GENERATION_FILE = "generation_config.json"
+ADDED_FILE = "added_tokens.json"
 
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
@@ -48,8 +49,45 @@ def chat_template_in(folder: Path) -> str:
     places = CONFIG_FILE, "chat_template.json"
     found = next((text for name in places if (text := read_object(folder / name).get("chat_template"))), "")
     if isinstance(found, list):
-        found = {entry["name"]: entry["template"] for entry in found}.get("default", "")
+        named = [entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default"]
+        found = named[0].get("template") if named else ""
+    if not isinstance(found, str):
+        raise ValueError(f"the chat_template in {folder} is {found!r}, but must be a text")
     return found
+
+
+def added_beside(settings: dict[str, Any], added: dict[str, Any]) -> list[dict[str, Any]]:
+    """The tokens that stand beside a vocabulary, by id: with "id", "content", and more where the file says more.
+
+    Args:
+      settings: tokenizer_config.json, with its added_tokens_decoder.
+      added: added_tokens.json: text -> id.
+    """
+    found = {text: {"content": text, "id": i} for text, i in added.items()}
+    decoder = settings.get("added_tokens_decoder") or {}
+    found |= {token["content"]: token | {"id": int(i)} for i, token in decoder.items()}
+    wrong = [text for text, token in found.items() if not isinstance(token["id"], int) or not isinstance(text, str)]
+    if wrong:
+        raise ValueError(f"{ADDED_FILE} or {CONFIG_FILE} gives the token {wrong[0]!r} an id that is no whole number")
+    return sorted(found.values(), key=lambda token: token["id"])
+
+
+def read_added(folder: Path) -> list[dict[str, Any]]:
+    """`added_beside` of a folder.
+
+    Raises:
+      ValueError: where a file is damaged.
+    """
+    settings, added = read_settings(folder), read_object(folder / ADDED_FILE)
+    try:
+        return added_beside(settings, added)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"the added tokens in {folder} cannot be read ({error!r}): download them again") from error
+
+
+def roles_in(settings: dict[str, Any], mapped: dict[str, Any]) -> dict[str, str]:
+    """Role -> text, of tokenizer_config.json or else special_tokens_map.json; empty where there is none."""
+    return {role: _text(settings.get(role) or mapped.get(role)) for role in ROLES}
 
 
 def _text(token: Any) -> str:
@@ -62,7 +100,8 @@ class HuggingFace:
 
     Text is encoded by a copy in which all special tokens have names that nobody knows: random ones, made anew in every
     process. So neither the search for added tokens nor the model itself (Unigram finds `</s>` wherever it is spelled)
-    can give their ids, and all other text has the ids that transformers gives it.
+    can give their ids. All other text has the ids that transformers gives it; but a token in brackets that the file
+    does not call special, as <think>, is hidden too: what spells it is text here, and the token for transformers.
     """
 
     def __init__(self, table: dict[str, Any], beside: dict[str, bytes], symbols: Sequence[str], name: str):
@@ -75,10 +114,10 @@ class HuggingFace:
         self._beside = beside
         read = lambda file: json.loads(beside.get(file, b"{}"))  # noqa: E731
         settings, mapped, generation = read(CONFIG_FILE), read(MAP_FILE), read(GENERATION_FILE)
-        roles = {role: _text(settings.get(role) or mapped.get(role)) for role in ROLES}
+        roles = roles_in(settings, mapped)
         more = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
         named = {*roles.values(), *map(_text, more.values() if isinstance(more, dict) else more)}
-        self._table = table = _complete(table, settings, named, symbols, name)
+        self._table = table = _complete(table, added_beside(settings, read(ADDED_FILE)), named, symbols, name)
         vocab = _vocab(table)
         added = {token["content"]: token for token in table["added_tokens"]}
         ids = vocab | {text: token["id"] for text, token in added.items()}
@@ -95,10 +134,14 @@ class HuggingFace:
                     f"vocabulary, nor {GENERATION_FILE} an eos_token_id. Write one of them beside it."
                 )
             self.names["eos_token"] = texts[eos]
-        self.eos_id = ids[self.names["eos_token"]]
+        self.eos_id = self._eos_of_files = ids[self.names["eos_token"]]
         self.pad_id = ids[self.names.get("pad_token", self.names["eos_token"])]
-        begins = settings.get("add_bos_token") is not False and "bos_token" in self.names
-        self.bos_id = ids[self.names["bos_token"]] if begins else None
+        self._whole = self._decoder = _build(table, name)
+        self.bos_id = ids[self.names["bos_token"]] if "bos_token" in self.names else None
+        begins = settings.get("add_bos_token")
+        if not isinstance(begins, bool):  # what is named need not be put: rows of GPT-2's kind begin with their text
+            begins = self._whole.encode("").ids[:1] == [self.bos_id]
+        self.bos_id = self.bos_id if begins else None
         self.control_ids = {symbol: ids[symbol] for symbol in symbols}
 
         self.chat_template = beside.get(CHAT_FILE, b"").decode("utf-8")
@@ -123,7 +166,6 @@ class HuggingFace:
         self.digest = hashlib.sha256((canonical + made).encode("utf-8", "surrogatepass")).hexdigest()
 
         self._secrets = {text: secrets.token_hex(24) for text in sorted(unspellable)}
-        self._whole = self._decoder = _build(table, name)
         for text, token in added.items():
             if self._whole.token_to_id(text) != token["id"]:
                 raise ValueError(
@@ -152,7 +194,15 @@ class HuggingFace:
 
     def save(self, folder: str | Path) -> None:
         content = json.dumps(self._table, ensure_ascii=False, indent=1).encode("utf-8", "surrogatepass")
-        files.write(folder, self._beside | {FILE: content})
+        found = self._beside | {FILE: content}
+        if self.chat_template:
+            found[CHAT_FILE] = self.chat_template.encode("utf-8")
+        if self.eos_id != self._eos_of_files:
+            end = {"eos_token": self._whole.id_to_token(self.eos_id)}
+            for file in (CONFIG_FILE, MAP_FILE):
+                if file == CONFIG_FILE or file in found:
+                    found[file] = files.dumps(json.loads(found.get(file, b"{}")) | end)
+        files.write(folder, found)
 
 
 def load(path: Path, symbols: Sequence[str]) -> HuggingFace:
@@ -165,14 +215,17 @@ def load(path: Path, symbols: Sequence[str]) -> HuggingFace:
     if not isinstance(table.get("model"), dict) or "vocab" not in table["model"]:
         raise ValueError(f"{path} is no {FILE} of Hugging Face: it has no model with a vocabulary")
     beside = {}
-    for name in (CONFIG_FILE, MAP_FILE, GENERATION_FILE):
+    for name in (CONFIG_FILE, MAP_FILE, GENERATION_FILE, ADDED_FILE):
         if (folder / name).is_file():
             read_object(folder / name)  # says what is wrong with it
             beside[name] = (folder / name).read_bytes()
     template = chat_template_in(folder)
     if template:
         beside[CHAT_FILE] = template.encode("utf-8")
-    return HuggingFace(table, beside, symbols, str(path))
+    try:
+        return HuggingFace(table, beside, symbols, str(path))
+    except (TypeError, AttributeError, KeyError, IndexError) as error:
+        raise ValueError(f"{path}, or a file beside it, has a value of a wrong kind ({error!r})") from error
 
 
 def _build(table: dict[str, Any], name: str) -> Any:
@@ -192,17 +245,16 @@ def _vocab(table: dict[str, Any]) -> dict[str, int]:
     return dict(vocab) if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
 
 
-def _complete(table: dict, settings: dict, named: set[str], symbols: Sequence[str], name: str) -> dict:
-    """The table with the tokens that only tokenizer_config.json adds, and with our symbols; it never cuts nor pads."""
+def _complete(table: dict, more: Sequence[dict], named: set[str], symbols: Sequence[str], name: str) -> dict:
+    """The table with the tokens that only the files beside it add, and with our symbols; it never cuts nor pads."""
     table = table | {"truncation": None, "padding": None, "added_tokens": [*table.get("added_tokens", [])]}
     added = table["added_tokens"]
     vocab = _vocab(table)
     known = {token["content"] for token in added}
     usual = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
-    more = sorted((int(i), token) for i, token in (settings.get("added_tokens_decoder") or {}).items())
-    for i, token in more:
-        if token["content"] not in known and vocab.get(token["content"], i) == i:
-            added.append(usual | token | {"id": i})
+    for token in more:
+        if token["content"] not in known and vocab.get(token["content"], token["id"]) == token["id"]:
+            added.append(usual | {"special": token["content"] in named} | token)
             known.add(token["content"])
     # A role such as PAD may be given to any piece; only what looks like a marker is one.
     lacking = sorted(text for text in named & vocab.keys() - known if files.BRACKETED.fullmatch(text))

@@ -70,16 +70,27 @@ class SentencePiece:
     """A SentencePiece model; where it lacks our control symbols they are added behind its pieces."""
 
     def __init__(
-        self, model: bytes, name: str = "tokenizer.model", *, more: Sequence[str] = (), chat_template: str = ""
+        self,
+        model: bytes,
+        name: str = "tokenizer.model",
+        *,
+        more: Sequence[str] = (),
+        chat_template: str = "",
+        bos: str = "",
+        eos: str = "",
     ):
         """Args:
         model: serialised.
         name: where it came from, for errors.
         more: further control symbols that it lacks, before ours.
         chat_template: see `Tokenizer`.
+        bos, eos: control pieces that begin and end rows; empty, or no such piece: those that the model names.
         """
         model = files.with_control(model, (*more, *CONTROL_SYMBOLS), name)
-        self._model = model
+        self._processor = p = sentencepiece.SentencePieceProcessor(model_proto=model)
+        roles = ((bos, p.bos_id()), (eos, p.eos_id()))
+        others = [text if p.is_control(p.piece_to_id(text)) and p.piece_to_id(text) != i else "" for text, i in roles]
+        self._model = model = files.with_roles(model, *others)
         self._processor = p = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.digest = hashlib.sha256(model).hexdigest()
         self.vocab_size = p.vocab_size()
@@ -115,12 +126,17 @@ class SentencePiece:
         return self._model
 
     def save(self, folder: str | Path) -> None:
-        bos = self.names.get("bos_token", "")
-        found = {"tokenizer.model": self._model}
-        table = files.sentencepiece_json(self._model, bos)
+        bos, eos = self.names.get("bos_token", ""), self._processor.id_to_piece(self.eos_id)
+        model = self._model if eos == self.names["eos_token"] else files.with_roles(self._model, "", eos)
+        found, names = {"tokenizer.model": model}, self.names | {"eos_token": eos}
+        table = files.sentencepiece_json(model, bos)
         if table is not None:
-            found |= {"tokenizer.json": files.dumps(table)}
-            found |= {"tokenizer_config.json": files.dumps(files.config_json(self.names))}
+            found |= {hugging_face.FILE: files.dumps(table)}
+            config = files.config_json(names)
+        else:  # transformers makes its own table of tokenizer.model: with the space before a text, or without
+            kind = "LlamaTokenizer" if files.spec_of(model).dummy_prefix else "GemmaTokenizer"
+            config = files.config_json(names, tokenizer_class=kind, add_bos_token=bool(bos))
+        found |= {hugging_face.CONFIG_FILE: files.dumps(config)}
         if self.chat_template:
             found |= {hugging_face.CHAT_FILE: self.chat_template.encode("utf-8")}
         files.write(folder, found)
@@ -154,9 +170,10 @@ class Bytes:
         return self
 
     def save(self, folder: str | Path) -> None:
+        names = self.names | {"eos_token": next(name for name, i in self._special.items() if i == self.eos_id)}
         found = {
             "tokenizer.json": files.dumps(files.bytes_json(self._special, self.names["bos_token"])),
-            "tokenizer_config.json": files.dumps(files.config_json(self.names, pit_jax="bytes")),
+            "tokenizer_config.json": files.dumps(files.config_json(names, pit_jax="bytes")),
         }
         if self.chat_template:
             found |= {hugging_face.CHAT_FILE: self.chat_template.encode("utf-8")}
@@ -208,16 +225,25 @@ def load(path: str | Path) -> Tokenizer:
 
 
 def _sentencepiece(path: Path) -> SentencePiece:
-    model, name = path.read_bytes(), str(path)
-    more: list[str] = []
-    beside = path.with_name("added_tokens.json")
-    if beside.is_file():  # ids that the folder's owner has put behind the model's own
-        size = len(files.pieces_of(model, name))
-        new = sorted((i, text) for text, i in hugging_face.read_object(beside).items() if i >= size)
-        if [i for i, _ in new] != list(range(size, size + len(new))):
-            raise ValueError(f"{beside} adds ids that do not follow on the {size} of {name}")
-        more = [text for _, text in new]
-    return SentencePiece(model, name, more=more, chat_template=hugging_face.chat_template_in(path.parent))
+    """With the ids that the folder's owner has put behind the model's own, and its BOS and EOS."""
+    model, name, folder = path.read_bytes(), str(path), path.parent
+    size = len(files.pieces_of(model, name))
+    new = [token for token in hugging_face.read_added(folder) if token["id"] >= size]
+    if [token["id"] for token in new] != list(range(size, size + len(new))):
+        raise ValueError(
+            f"{hugging_face.ADDED_FILE} or {hugging_face.CONFIG_FILE} beside {name} adds ids that do not follow on its "
+            f"{size}"
+        )
+    settings, mapped = hugging_face.read_settings(folder), hugging_face.read_object(folder / hugging_face.MAP_FILE)
+    roles = hugging_face.roles_in(settings, mapped)
+    return SentencePiece(
+        model,
+        name,
+        more=[token["content"] for token in new],
+        chat_template=hugging_face.chat_template_in(folder),
+        bos=roles["bos_token"],
+        eos=roles["eos_token"],
+    )
 
 
 def lossy_examples(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[tuple[str, str]]:

@@ -163,6 +163,15 @@ def with_control(model: bytes, names: Sequence[str], name: str = "tokenizer.mode
     return model
 
 
+def with_roles(model: bytes, bos: str, eos: str) -> bytes:
+    """The model with other pieces as BOS and EOS (fields 46, 47): a second trainer_spec is merged into the first."""
+    found = b""
+    for number, text in ((46, bos), (47, eos)):
+        content = text.encode("utf-8")
+        found += _to_varint(number << 3 | 2) + _to_varint(len(content)) + content if text else b""
+    return model + bytes([2 << 3 | 2]) + _to_varint(len(found)) + found if found else model
+
+
 def without_prefix(model: bytes) -> bytes:
     """The model without the space that it puts before every text: a second normalizer_spec is merged into the first."""
     return model + bytes([3 << 3 | 2, 2, 3 << 3, 0])

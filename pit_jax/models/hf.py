@@ -20,6 +20,7 @@ import sentencepiece
 
 from pit_jax import config as config_lib
 from pit_jax.config import ModelConfig
+from pit_jax.data import hugging_face
 from pit_jax.data.tokenizer import CONTROL_SYMBOLS
 from pit_jax.files import read_json, write_json_atomic
 from pit_jax.types import Params
@@ -31,7 +32,7 @@ DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F1
 DESCRIPTION = "model.json"
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "generation_config.json"),
+    *("chat_template.jinja", "chat_template.json", "generation_config.json"),
 )
 KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "initializer_range")
 """Of a config.json: what no forward pass needs, but who reads the model again does."""
@@ -881,11 +882,5 @@ def tokenizer_size(folder: str | Path) -> tuple[int, list[str]] | None:
         ids |= {processor.id_to_piece(i): i for i in range(processor.vocab_size())}
     else:
         return None
-    for name in ("added_tokens.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            content = read_json(folder / name)
-            if name == "tokenizer_config.json":
-                decoder = content.get("added_tokens_decoder") or {}
-                content = {token["content"]: int(i) for i, token in decoder.items()}
-            ids |= content
+    ids |= {token["content"]: token["id"] for token in hugging_face.read_added(folder)}
     return max(ids.values()) + 1, [symbol for symbol in CONTROL_SYMBOLS if symbol not in ids]
