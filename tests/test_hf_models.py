@@ -476,6 +476,7 @@ def test_published_models_have_their_number_of_parameters(name):
 
 # ---------------------------------------------------------------------------------------------------------- bad inputs
 
+LINEAR = dict(rope_type="linear", factor=2.0)
 BASE = LLAMA | dict(zip(FIELDS, (64, 16, 24, 2, 4, 2), strict=True))
 
 
@@ -491,6 +492,30 @@ BASE = LLAMA | dict(zip(FIELDS, (64, 16, 24, 2, 4, 2), strict=True))
         (dict(rope_parameters=dict(partial_rotary_factor=0.5)), ["partial_rotary_factor must be 1"]),
         (dict(quantization_config=dict(bits=4)), ["quantization_config"]),
         (dict(architectures=["LlamaForTokenClassification"]), ["architectures is"]),
+        (dict(architectures=["MixtralForCausalLM"]), ["architectures is", "must be LlamaForCausalLM or LlamaForSeq"]),
+        (dict(architectures="LlamaForCausalLM"), ["architectures is 'LlamaForCausalLM'"]),
+        (
+            dict(model_type="gemma2", hidden_activation="gelu"),
+            ["hidden_activation is 'gelu', but must be silu or gelu"],
+        ),
+        (dict(GEMMA_3, hidden_activation="gelu"), ["hidden_activation is 'gelu'"]),
+        (dict(rope_scaling=LINEAR, rope_parameters=dict(rope_theta=5.0)), ["are both there and differ: keep the one"]),
+        (dict(rope_scaling=LLAMA_3, original_max_position_embeddings=16), ["in rope_scaling alone"]),
+        (dict(rope_scaling=LLAMA_3 | dict(original_max_position_embeddings=None)), ["needs original_max_position_emb"]),
+        (dict(GEMMA_3, rope_parameters=LINEAR), ["rope_parameters must have full_attention and sliding_attention"]),
+        (
+            dict(GEMMA_3, rope_scaling=LINEAR, rope_parameters=dict(full_attention=LLAMA_3)),
+            ["are both there and differ"],
+        ),
+        (dict(rope_parameters=dict(llama_4_scaling_beta=0.1)), ["rope_parameters has llama_4_scaling_beta"]),
+        (dict(rope_scaling="linear"), ["rope_parameters and rope_scaling are {} and 'linear', but must be objects"]),
+        (dict(rope_theta="big"), ["rope_theta is 'big', but must be a number above 0"]),
+        (dict(rms_norm_eps=-1), ["rms_norm_eps is -1, but must be a number above 0"]),
+        (dict(rms_norm_eps=None), ["rms_norm_eps is None"]),
+        (dict(tie_word_embeddings="false"), ["tie_word_embeddings is 'false', but must be true or false"]),
+        (dict(GEMMA_3, sliding_window_pattern=0), ["sliding_window_pattern is 0"]),
+        (dict(GEMMA_3, query_pre_attn_scalar=None), ["query_pre_attn_scalar is None"]),
+        (dict(model_type=["llama"]), ["model_type is ['llama']", "Supported: llama, mistral"]),
         (dict(architectures=["LlamaForSequenceClassification"]), ["id2label) is 2, but must be 1"]),
         (dict(hidden_size="16", vocab_size=None), ["hidden_size is '16'", "vocab_size is None"]),
         (dict(num_key_value_heads=3), ["num_heads must be a multiple of num_kv_heads"]),
@@ -511,6 +536,21 @@ def test_unsupported_configs_name_the_fields(changes, messages):
     for message in messages:
         assert message in str(error.value)
     assert "llama, mistral" in str(error.value) or "num_key_value_heads" in changes
+
+
+def test_a_value_of_a_wrong_kind_names_the_file():
+    with pytest.raises(ValueError, match=r"there/config.json has a value of a wrong kind \(.*iterable"):
+        hf.config_of(BASE | dict(model_type="gemma2", architectures=None, layer_types=5), "there/config.json")
+
+
+@pytest.mark.parametrize(
+    ("family", "count"), [("qwen2", 32), ("qwen3", 32), ("gemma", 16), ("mistral", 8), ("llama", 64)]
+)
+def test_key_heads_that_a_config_leaves_out(family, count):
+    """As the config classes of transformers have them; null stands for all heads."""
+    values = BASE | dict(model_type=family, architectures=None, num_attention_heads=64, head_dim=4)
+    assert hf.config_of({k: v for k, v in values.items() if k != "num_key_value_heads"})[0].num_kv_heads == count
+    assert hf.config_of(values | dict(num_key_value_heads=None))[0].num_kv_heads == 64
 
 
 def test_models_that_no_family_can_express():
@@ -568,6 +608,22 @@ def test_all_wrong_tensors_are_listed(tiny):
 
 
 @stored
+def test_two_tables_of_a_model_that_is_said_to_have_one(tiny):
+    """transformers keeps the first, older readers take the second: nothing is dropped that differs."""
+    folder, _, _ = tiny
+    values = json.loads((folder / "config.json").read_text()) | dict(tie_word_embeddings=True)
+    (folder / "config.json").write_text(json.dumps(values))
+    check = lambda: hf.check_tensors(hf.TensorFiles(folder), *hf.read_config(folder), folder)  # noqa: E731
+    with pytest.raises(ValueError, match="lm_head.weight that differs from .*Set tie_word_embeddings to false"):
+        check()
+    rewritten(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"]}))
+    assert check() == "float32"
+    rewritten(folder, lambda tensors: tensors.update({"lm_head.weight": np.zeros((31, 8), np.float32)}))
+    with pytest.raises(ValueError, match="lm_head.weight that differs"):
+        check()
+
+
+@stored
 def test_missing_and_damaged_files_are_listed(tiny):
     folder, config, params = tiny
     names = sorted(path.name for path in folder.glob("*.safetensors"))
@@ -597,6 +653,19 @@ def test_an_index_that_leads_astray(tiny):
     path.write_text(json.dumps(index))
     with pytest.raises(ValueError, match=f"{first}: lacks lm_head.scale"):
         hf.TensorFiles(folder)
+    del index["weight_map"]["lm_head.scale"]
+    files = [*index["weight_map"].values()]
+    name, file = next(item for item in index["weight_map"].items() if files.count(item[1]) > 1)
+    path.write_text(json.dumps(index | {"weight_map": index["weight_map"] | {name: first}}))
+    with pytest.raises(ValueError, match=f"{file}: has {name}, which the index says is in {first}"):
+        hf.TensorFiles(folder)
+    path.write_text(json.dumps(index))
+    hf.TensorFiles(folder).close()
+    tensors = hf.read_tensors(folder / first)
+    hf.write_tensors(folder / first, tensors | {name: np.ones(8, np.float32)})
+    with pytest.raises(ValueError, match=f"{first}: has {name}, which {file} has too"):
+        hf.TensorFiles(folder)
+    hf.write_tensors(folder / first, tensors)
     index["weight_map"]["lm_head.scale"] = "../other.safetensors"
     path.write_text(json.dumps(index))
     with pytest.raises(ValueError, match="other.safetensors: the index names a file outside of the folder"):
@@ -628,14 +697,21 @@ def test_numbers_that_float16_cannot_hold(tiny, tmp_path):
 
 
 @stored
-def test_reading_onto_a_mesh(tiny):
+@pytest.mark.parametrize("at_once", [1 << 24, 0], ids=["whole", "by layer"])
+def test_reading_onto_a_mesh(tiny, monkeypatch, at_once):
     """Each device reads its own part, and together they are the same."""
+    monkeypatch.setattr(hf, "AT_ONCE", at_once)
     folder, _, params = tiny
     folder = shutil.copytree(folder, folder.parent / "copy")
     expected = jax.device_get(params)
     # One key/value head does not go over two devices, the rest does.
     with jax.set_mesh(sharding.make_mesh(4, 1, devices=jax.devices()[:4])):
+        made, make = [], jax.make_array_from_callback
+        monkeypatch.setattr(
+            jax, "make_array_from_callback", lambda shape, *args: made.append(shape) or make(shape, *args)
+        )
         _, _, _, params = read(folder, num_tokens=34, vocab_size=64)
+        assert {shape[0] for shape in made if len(shape) > 2} == {2 if at_once else 1}, "of layers, on the host"
         gate = params["params"]["layers"]["gate"]
         assert jax.typeof(gate).sharding.spec == jax.P(None, "data", "model")
         assert {x.data.shape for x in gate.addressable_shards} == {(2, 2, 8)}

@@ -6,14 +6,16 @@ those fields which tensors there are, and both ways of converting go by that one
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import sentencepiece
@@ -55,14 +57,15 @@ class Family(NamedTuple):
 
 
 _LOCAL = {"sliding_window": 4096}
+_KV_HEADS = {"num_key_value_heads": 32}
 _GEMMA = {"head_dim": 256, "tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"}
 _GEMMA_2 = _GEMMA | _LOCAL | {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256}
 FAMILIES = {
     "llama": Family("Llama", "Llama", {}),
     "mistral": Family("Mistral", "Mistral", {"num_key_value_heads": 8, **_LOCAL}),
-    "qwen2": Family("Qwen2", "Qwen2", _LOCAL),
-    "qwen3": Family("Qwen3", "Qwen3", {"head_dim": 128, **_LOCAL}),
-    "gemma": Family("Gemma", "Gemma", _GEMMA),
+    "qwen2": Family("Qwen2", "Qwen2", {**_KV_HEADS, **_LOCAL}),
+    "qwen3": Family("Qwen3", "Qwen3", {"head_dim": 128, **_KV_HEADS, **_LOCAL}),
+    "gemma": Family("Gemma", "Gemma", {**_GEMMA, "num_key_value_heads": 16}),
     "gemma2": Family(
         "Gemma2",
         "Gemma2",
@@ -143,15 +146,25 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, str]:
 
 def config_of(values: dict[str, Any], where: str = "config.json") -> tuple[ModelConfig, str]:
     """The content of a config.json as (config, kind); see `read_config`."""
+    try:
+        return _config_of(values, where)
+    except (TypeError, AttributeError, KeyError, ArithmeticError) as error:
+        raise ValueError(f"{where} has a value of a wrong kind ({error}): download it again") from error
+
+
+def _config_of(values: dict[str, Any], where: str) -> tuple[ModelConfig, str]:
     name = values.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(f"{where}: model_type is {name!r}, which is not supported. Supported: {', '.join(FAMILIES)}")
     family = FAMILIES[name]
     get = lambda field, default=None: values.get(field, family.defaults.get(field, default))  # noqa: E731
-    problems = []
+    problems: list[str] = []
 
     def refuse(field: str, wanted: str) -> None:
         problems.append(f"{field} is {values.get(field, get(field))!r}, but must be {wanted}")
+
+    def cap(field: str) -> float:
+        return _above_0(field, get(field), problems) if get(field) else 0.0
 
     for field in ("attention_bias", "mlp_bias", "use_bidirectional_attention"):
         if values.get(field):
@@ -161,12 +174,14 @@ def config_of(values: dict[str, Any], where: str = "config.json") -> tuple[Model
     gemma = name.startswith("gemma")
     act_field = "hidden_activation" if name in ("gemma2", "gemma3_text") else "hidden_act"
     activations = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-    if gemma:  # "gelu" in a config of Gemma 1 has always meant this one
+    if name == "gemma":  # there, "gelu" has always meant this one
         activations["gelu"] = "gelu_tanh"
     activation = get(act_field, "silu")
     if activation not in activations:
         refuse(act_field, "silu or gelu_pytorch_tanh")
-    kind = _kind(values, problems)
+    kind = _kind(values, family, problems)
+    if not isinstance(get("tie_word_embeddings"), bool | None):
+        refuse("tie_word_embeddings", "true or false")
     size_fields = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     for field in size_fields:
         if not _is_count(values.get(field)):
@@ -183,12 +198,13 @@ def config_of(values: dict[str, Any], where: str = "config.json") -> tuple[Model
     caps = dict.fromkeys(("attention_softcap", "logit_softcap"), 0.0)
     query_scale = 0.0
     if name in ("gemma2", "gemma3_text"):
-        caps["logit_softcap"] = float(get("final_logit_softcapping") or 0.0)
-        caps["attention_softcap"] = float(get("attn_logit_softcapping") or 0.0)
+        caps["logit_softcap"] = cap("final_logit_softcapping")
+        caps["attention_softcap"] = cap("attn_logit_softcapping")
         if name == "gemma3_text" and caps["attention_softcap"]:
             refuse("attn_logit_softcapping", "null")  # transformers itself does not apply it
         scale = get("query_pre_attn_scalar")
-        query_scale = 0.0 if scale == head_dim else float(scale)
+        query_scale = 0.0 if scale == head_dim else _above_0("query_pre_attn_scalar", scale, problems)
+    epsilon = _above_0("rms_norm_eps", get("rms_norm_eps", 1e-6), problems)
     if problems:
         raise ValueError(_unsupported(where, problems))
     try:
@@ -200,7 +216,7 @@ def config_of(values: dict[str, Any], where: str = "config.json") -> tuple[Model
             num_kv_heads=kv_heads,
             head_dim=head_dim,
             mlp_dim=values["intermediate_size"],
-            norm_epsilon=float(get("rms_norm_eps", 1e-6)),
+            norm_epsilon=epsilon,
             tie_embeddings=bool(get("tie_word_embeddings", False)),
             dtype="bfloat16" if values.get("dtype", values.get("torch_dtype")) == "bfloat16" else "float32",
             activation=activations[activation],
@@ -224,21 +240,29 @@ def _is_count(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+def _above_0(field: str, value, problems: list[str]) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        problems.append(f"{field} is {value!r}, but must be a number above 0")
+        return 1.0
+    return float(value)
+
+
 def _unsupported(where: str, problems: Sequence[str]) -> str:
     lines = "".join(f"\n  {problem}" for problem in problems)
     return f"{where} is of a model that is not supported:{lines}\nSupported families: {', '.join(FAMILIES)}."
 
 
-def _kind(values: dict[str, Any], problems: list[str]) -> str:
-    names = values.get("architectures") or ["ForCausalLM"]
-    if len(names) == 1 and str(names[0]).endswith("ForCausalLM"):
+def _kind(values: dict[str, Any], family: Family, problems: list[str]) -> str:
+    writer, scorer = f"{family.prefix}ForCausalLM", f"{family.classifier}ForSequenceClassification"
+    names = values.get("architectures") or [writer]
+    if names == [writer]:
         return "language_model"
-    if len(names) == 1 and str(names[0]).endswith("ForSequenceClassification"):
+    if names == [scorer]:
         labels = values.get("num_labels", len(values.get("id2label") or (0, 1)))
         if labels != 1:
             problems.append(f"num_labels (or the entries of id2label) is {labels}, but must be 1: a score")
         return "reward_model"
-    problems.append(f"architectures is {names!r}, but must be one ...ForCausalLM or ...ForSequenceClassification")
+    problems.append(f"architectures is {names!r}, but must be {writer} or {scorer}")
     return "language_model"
 
 
@@ -261,6 +285,9 @@ def _windows(name: str, get, values: dict, num_layers: int, problems: list[str])
             sliding = [layer >= first for layer in range(num_layers)]
         else:
             pattern = 2 if name == "gemma2" else values.get("sliding_window_pattern", 6)
+            if not _is_count(pattern):
+                problems.append(f"sliding_window_pattern is {pattern!r}, but must be a whole number above 0")
+                return 0, 0
             sliding = [(layer + 1) % pattern > 0 for layer in range(num_layers)]
     else:
         sliding = [kind == "sliding_attention" for kind in types]
@@ -279,18 +306,35 @@ def _windows(name: str, get, values: dict, num_layers: int, problems: list[str])
     return window, every
 
 
+_ROPE_KEYS = {
+    *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor"),
+    "original_max_position_embeddings",
+}
+
+
 def _rope(name: str, get, values: dict, has_window: bool, every: int, problems: list[str]) -> dict[str, Any]:
-    """Fields of the rotary embedding, from both of the forms that transformers has written them in."""
-    new = values.get("rope_parameters") or {}
+    """Fields of the rotary embedding, from both of the forms that transformers has written them in.
+
+    What its versions read differently is refused.
+    """
+    new, old = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
+    if not isinstance(new, dict) or not isinstance(old, dict):
+        problems.append(f"rope_parameters and rope_scaling are {new!r} and {old!r}, but must be objects or null")
+        return {}
+    if new and old and new != old:
+        problems.append("rope_parameters and rope_scaling are both there and differ: keep the one it was trained with")
     local = {}
     if "full_attention" in new or "sliding_attention" in new:
         if name != "gemma3_text":
             problems.append("rope_parameters has entries per kind of layer, which only gemma3_text may have")
         new, local = new.get("full_attention") or {}, new.get("sliding_attention") or {}
-    scaling = new or values.get("rope_scaling") or {}
+    elif name == "gemma3_text" and new:
+        problems.append("rope_parameters must have full_attention and sliding_attention in it")
+    scaling = new or old
     field = "rope_parameters" if new else "rope_scaling"
-    theta = float(scaling.get("rope_theta") or get("rope_theta") or 10_000.0)
-    local_theta = float(local.get("rope_theta") or values.get("rope_local_base_freq") or 10_000.0)
+    theta = _above_0("rope_theta", scaling.get("rope_theta") or get("rope_theta") or 10_000.0, problems)
+    local_theta = local.get("rope_theta") or values.get("rope_local_base_freq") or 10_000.0
+    local_theta = _above_0("rope_theta of sliding_attention", local_theta, problems)
     if local.get("rope_type", "default") != "default":
         problems.append(f"rope_parameters.sliding_attention.rope_type is {local['rope_type']!r}, but must be default")
     if scaling.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) not in (None, 1.0):
@@ -298,18 +342,26 @@ def _rope(name: str, get, values: dict, has_window: bool, every: int, problems: 
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
         problems.append(f"{field}: rope_type is {kind!r}, but must be default, linear or llama3")
-        kind = "default"
+        return {}
+    unknown = sorted(key for key in {**scaling, **local}.keys() - _ROPE_KEYS if {**local, **scaling}[key] is not None)
+    if unknown:
+        problems.append(f"{field} has {', '.join(unknown)}, which has no place here")
     needed = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}[kind]
     lacking = [key for key in needed if not isinstance(scaling.get(key), int | float)]
     if lacking:
         problems.append(f"{field}: rope_type {kind} needs the number {', '.join(lacking)}")
-        kind = "default"
+        return {}
     fields: dict[str, Any] = {"rope_theta": theta}
     if kind != "default":
         fields |= {"rope_scaling": kind, "rope_factor": float(scaling["factor"])}
     if kind == "llama3":
-        length = scaling.get("original_max_position_embeddings", values.get("max_position_embeddings", 2048))
-        fields |= {"rope_low_freq_factor": float(scaling["low_freq_factor"]), "rope_original_length": int(length)}
+        length = scaling.get("original_max_position_embeddings")
+        if not _is_count(length) or values.get("original_max_position_embeddings"):
+            problems.append(
+                f"{field}: rope_type llama3 needs original_max_position_embeddings, a whole number, in {field} alone"
+            )
+            return {}
+        fields |= {"rope_low_freq_factor": float(scaling["low_freq_factor"]), "rope_original_length": length}
         fields["rope_high_freq_factor"] = float(scaling["high_freq_factor"])
     if name == "gemma3_text" and has_window and (kind != "default" or local_theta != theta):
         if not every:  # no layer sees all: the rope of those that would is that of none
@@ -540,6 +592,10 @@ class TensorFiles:
                 try:
                     with _open(path) as tensors:
                         for name in tensors.keys():  # noqa: SIM118
+                            if name in self.files:
+                                problems.append(f"{file}: has {name}, which {self.files[name].name} has too")
+                            elif names and names.get(name, file) != file:
+                                problems.append(f"{file}: has {name}, which the index says is in {names[name]}")
                             part = tensors.get_slice(name)
                             self.files[name], self.shapes[name] = path, tuple(part.get_shape())
                             self.dtypes[name] = part.get_dtype()
@@ -601,7 +657,7 @@ def _lines(lines: Sequence[str]) -> str:
 
 
 def check_tensors(files: TensorFiles, config: ModelConfig, kind: str, folder: str | Path) -> str:
-    """Compares the headers with what the config says.
+    """Compares the headers with what the config says, and two tables of a model that is said to have one.
 
     Args:
       files: of the folder.
@@ -613,7 +669,8 @@ def check_tensors(files: TensorFiles, config: ModelConfig, kind: str, folder: st
       The dtype of the files: float32 where they are not all of one.
 
     Raises:
-      ValueError: lists all tensors that are missing, unknown, of another shape or of another kind of number.
+      ValueError: lists all tensors that are missing, unknown, of another shape or of another kind of number; or where
+        the tables differ.
     """
     sizes, expected = _sizes(config, config.vocab_size), {}
     for tensor in tensors_of(config, kind):
@@ -631,16 +688,42 @@ def check_tensors(files: TensorFiles, config: ModelConfig, kind: str, folder: st
             problems.append(f"{name}: is stored as {files.dtypes[name]}, but must be one of {', '.join(DTYPES)}")
     if problems:
         raise ValueError(f"the tensors of {folder} are not those that its config.json describes:" + _lines(problems))
+    tables = "model.embed_tokens.weight", "lm_head.weight"
+    if config.tie_embeddings and kind == KINDS[0] and tables[1] in files.shapes and not _are_equal(files, *tables):
+        raise ValueError(
+            f"{folder} has an lm_head.weight that differs from model.embed_tokens.weight, but its config.json says, or "
+            "leaves to the default of the family, that they are one (tie_word_embeddings). Set tie_word_embeddings to "
+            "false there if the model was trained with both; else take lm_head.weight out of the file"
+        )
     dtypes = {DTYPES[files.dtypes[name]].name for name in expected}
     return dtypes.pop() if len(dtypes) == 1 else "float32"
 
 
-def read_params(files: TensorFiles, config: ModelConfig, kind: str, rows: int, known: int, like: Params) -> Params:
-    """Reads all tensors into our parameters, leaf by leaf and device by device.
+def _are_equal(files: TensorFiles, a: str, b: str) -> bool:
+    """Whether two tables have the same numbers; a slice at a time."""
+    if files.shapes[a] != files.shapes[b] or files.dtypes[a] not in DTYPES or files.dtypes[b] not in DTYPES:
+        return False
+    rows, width = files.shapes[a]
+    step = max(1, (1 << 24) // width)
+    for start in range(0, rows, step):
+        where = slice(start, min(start + step, rows)), slice(None)
+        one, other = (np.asarray(files.read(name, where)).astype(np.float32) for name in (a, b))
+        if not np.array_equal(one, other, equal_nan=True):
+            return False
+    return True
 
-    A host holds what its own devices take of one leaf at a time, in float32, beside the leaves that are done. Rows of
-    the tables behind those of the file are the mean of the rows that the tokenizer knows, rounded to the dtype of the
-    file so that they come back bitwise from an export; rows behind `num_tokens` are zero.
+
+AT_ONCE = 1 << 24
+"""Bytes of a leaf up to which all its layers are read together; of a larger one there is a layer at a time."""
+
+
+def read_params(files: TensorFiles, config: ModelConfig, kind: str, rows: int, known: int, like: Params) -> Params:
+    """Reads all tensors into our parameters, one by one and device by device.
+
+    Beside the parameters a host holds what its own devices take of one tensor at a time (or of AT_ONCE), in float32:
+    layers go straight into their place on the mesh. Rows of the tables behind those of the file are the mean of the
+    rows that the tokenizer knows, rounded to the dtype of the file so that they come back bitwise from an export; rows
+    behind `num_tokens` are zero.
 
     Args:
       files: checked by `check_tensors`.
@@ -664,21 +747,40 @@ def read_params(files: TensorFiles, config: ModelConfig, kind: str, rows: int, k
             new_row = _mean_row(files, tensor.theirs, min(known or rows, rows))
 
         def read(index, tensor=tensor, shape=leaf.shape, names=names, new_row=new_row):
-            if "{}" not in tensor.theirs:
-                if tensor.our_axes[0] == "V":
-                    return _read_table(files, tensor, sizes, index, shape, config.num_tokens, new_row)
-                return _read(files, names[0], tensor, sizes, index)
-            lengths = [len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)]
-            out = np.empty(lengths, np.float32)
-            for i, name in enumerate(names[index[0]]):
-                out[i] = _read(files, name, tensor, sizes, index[1:])
-            return out
+            if "{}" in tensor.theirs:
+                lengths = [len(range(*s.indices(n))) for s, n in zip(index[1:], shape[1:], strict=True)]
+                out = np.empty((len(names[index[0]]), *lengths), np.float32)
+                for i, name in enumerate(names[index[0]]):
+                    out[i] = _read(files, name, tensor, sizes, index[1:])
+                return out
+            if tensor.our_axes[0] == "V":
+                return _read_table(files, tensor, sizes, index, shape, config.num_tokens, new_row)
+            return _read(files, names[0], tensor, sizes, index)
 
-        _put(params, tensor.ours, jax.make_array_from_callback(leaf.shape, _sharding(leaf), read))
+        if "{}" in tensor.theirs and math.prod(leaf.shape) * 4 > AT_ONCE:
+            value = _in_layers(leaf, [functools.partial(read, names=[name]) for name in names])
+        else:
+            value = jax.make_array_from_callback(leaf.shape, _sharding(leaf), read)
+        _put(params, tensor.ours, value)
     if kind == "reward_model":
         params["bias"] = jax.device_put(np.zeros((), np.float32), _sharding(like["params"]["bias"]))
     files.close()
     return {"params": params}
+
+
+def _in_layers(leaf, reads: Sequence[Callable]) -> jax.Array:
+    """A leaf whose layers are read one after the other, each by a callback as of an array [1, ...]."""
+    sharding = _sharding(leaf)
+    value = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)(leaf.shape, jnp.float32)
+    for i, read in enumerate(reads):
+        layer = jax.make_array_from_callback((1, *leaf.shape[1:]), sharding, read)
+        value = _with_layer(value, layer, i).block_until_ready()  # else all layers could wait in the host's memory
+    return value
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _with_layer(value, layer, i):
+    return jax.lax.dynamic_update_slice_in_dim(value, layer, i, 0)
 
 
 def _put(tree: dict, path: tuple[str, ...], value) -> None:
