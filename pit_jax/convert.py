@@ -18,6 +18,7 @@ padding: logits [B, T, V] over the ids that exist, or of a reward model scores [
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import math
@@ -33,8 +34,8 @@ from absl import app, flags, logging
 
 from pit_jax import checkpoint, cli, config as config_lib, sharding
 from pit_jax.config import LAYER_MATRICES, LoraConfig, ModelConfig
-from pit_jax.data import batches, tokenizer as tokenizer_lib
-from pit_jax.data.tokenizer import Tokenizer
+from pit_jax.data import batches, hugging_face, tokenizer as tokenizer_lib
+from pit_jax.data.tokenizer import IMPROVED, Tokenizer
 from pit_jax.files import read_json, sync_directory, write_json_atomic
 from pit_jax.models import hf, lora
 from pit_jax.models.transformer import ScalarModel, Transformer
@@ -78,13 +79,16 @@ def padded(config: ModelConfig, tokenizer: tuple[int, list[str]] | None) -> Mode
     return dataclasses.replace(config, vocab_size=batches.round_up(num_tokens, 128), num_tokens=num_tokens)
 
 
-def import_hf(source: str, output: Path, dtype: str = "") -> tuple[hf.Description, Params]:
+def import_hf(
+    source: str, output: Path, dtype: str = "", ids: np.ndarray | None = None
+) -> tuple[hf.Description, Params]:
     """A model of Hugging Face as a checkpoint of ours, whole or absent. The mesh must be set.
 
     Args:
       source: a folder, or a name on the hub.
       output: the checkpoint; must not exist.
       dtype: of activations; empty: bfloat16 where the files are.
+      ids: that the model must have, see `check_ids`: told before anything is read.
 
     Returns:
       (description, parameters).
@@ -103,8 +107,11 @@ def import_hf(source: str, output: Path, dtype: str = "") -> tuple[hf.Descriptio
             f"warning: {folder} has no tokenizer.json or tokenizer.model: no rows for the control symbols are added",
             file=sys.stderr,
         )
+    else:
+        _try_tokenizer(folder, output)
     rows = config.vocab_size
     config = dataclasses.replace(padded(config, tokenizer), dtype=dtype or _activations(stored))
+    check_ids(config, ids)
     values = hf.read_json(folder / "config.json")
     kept = {key: values[key] for key in hf.KEPT if values.get(key) is not None}
     description = hf.Description(kind, values["model_type"], stored, config, kept)
@@ -116,6 +123,17 @@ def import_hf(source: str, output: Path, dtype: str = "") -> tuple[hf.Descriptio
         _copy(folder, partial / "tokenizer")
         hf.write_description(partial, description)
     return description, params
+
+
+def _try_tokenizer(folder: Path, output: Path) -> None:
+    try:
+        tokenizer_lib.load(folder)
+    except ValueError as error:
+        print(
+            f"warning: no run and no export can use the tokenizer of this model: {error}. The model is read all the "
+            f"same; mend the files in {output / 'tokenizer'}",
+            file=sys.stderr,
+        )
 
 
 def _activations(stored: str) -> str:
@@ -139,8 +157,9 @@ def find(source: str) -> Path:
             f"{source} is no folder, and to download it huggingface_hub is needed: pip install -e '.[hf]'"
         ) from error
     patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+    ignored = ["*/*", "consolidated*"]  # the same weights under other names
     try:
-        return Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns, ignore_patterns=ignored))
     except Exception as error:  # of the network, of the hub, of a login: they share no class
         reason = " ".join(str(error).split())
         raise ValueError(
@@ -180,8 +199,12 @@ def _whole(output: Path) -> Iterator[Path]:
 # -------------------------------------------------------------------------------------------------------------- export
 
 
-def load(source: Path) -> tuple[hf.Description, Params, Tokenizer | None]:
+def load(source: Path, ids: np.ndarray | None = None) -> tuple[hf.Description, Params, Tokenizer | None]:
     """A checkpoint of ours: CKPT of an import, or RUN/models/STAGE. The mesh must be set.
+
+    Args:
+      source: its folder.
+      ids: that the model must have, see `check_ids`.
 
     Returns:
       (description, parameters, tokenizer where there is one).
@@ -190,6 +213,7 @@ def load(source: Path) -> tuple[hf.Description, Params, Tokenizer | None]:
       ValueError: where it is neither.
     """
     description, tokenizer = describe(source)
+    check_ids(description.config, ids)
     step = checkpoint.latest_step(source)
     if step is None:
         raise ValueError(f"--input={source} holds no checkpoint: the stage has not finished, or the copy is not whole")
@@ -221,19 +245,45 @@ def _of_run(source: Path) -> tuple[hf.Description, Tokenizer]:
     config = model.config
     if not config.num_tokens:  # the tables are rounded up
         config = dataclasses.replace(config, num_tokens=tokenizer.vocab_size)
-    kind = "reward_model" if isinstance(model, ScalarModel) else "language_model"
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    if context.encoder.chat is not None:
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.chat_template = context.encoder.chat.template
+    kind, pad = "language_model", tokenizer.pad_id
+    if isinstance(model, ScalarModel):
+        kind, pad = "reward_model", _pad_of_scores(tokenizer)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": pad}
+    ids["max_position_embeddings"] = _length(context)
     kept = {name: i for name, i in ids.items() if i is not None}
     return hf.Description(kind, "", "float32", config, kept), tokenizer
 
 
-def export_hf(source: Path, output: Path, dtype: str = "") -> tuple[hf.Description, Params]:
+def _pad_of_scores(tokenizer: Tokenizer) -> int:
+    """PAD of a reward model: transformers scores the last token that is none, and rows are scored at their EOS."""
+    return tokenizer.control_ids[IMPROVED] if tokenizer.pad_id == tokenizer.eos_id else tokenizer.pad_id
+
+
+def _length(context: common.Context) -> int:
+    """Tokens that the model of which a run starts is for, or else all windows of the run and the words around them."""
+    _, start = common.starts_from(context.config)
+    with contextlib.suppress(ValueError, OSError):  # it need not be there any more
+        known = describe(Path(start))[0].kept.get("max_position_embeddings") if start else None
+        if known:
+            return known
+    data = context.config.data
+    windows = data.prompt_window + 2 * data.response_window + data.reflection_window
+    return windows + getattr(context.config, "feedback_window", 0) + 256
+
+
+def export_hf(
+    source: Path, output: Path, dtype: str = "", ids: np.ndarray | None = None
+) -> tuple[hf.Description, Params]:
     """A checkpoint of ours as a model of Hugging Face, whole or absent. The mesh must be set.
 
     Args:
       source: CKPT of an import, or RUN/models/STAGE.
       output: the folder; must not exist.
       dtype: of the files; empty: that of the import, or float32 of a run.
+      ids: that the model must have, see `check_ids`.
 
     Returns:
       (description with the family that was written, parameters).
@@ -242,15 +292,31 @@ def export_hf(source: Path, output: Path, dtype: str = "") -> tuple[hf.Descripti
       ValueError: where no family of transformers can express the model, or the output exists.
     """
     _refuse_existing(output)
-    description, params, tokenizer = load(source)
+    description, params, tokenizer = load(source, ids)
     _warn_of_bias(params)
     with _whole(output) as partial:
         family = hf.write(partial, params, description, dtype=dtype)
         if tokenizer is not None:
             tokenizer.save(partial)  # with the control symbols, whose rows the tables have
+            if not description.family:  # it ends and pads rows as the run did, not as the model that it started from
+                _set(partial / hugging_face.GENERATION_FILE, eos_token_id=tokenizer.eos_id)
+                if description.kept["pad_token_id"] != tokenizer.pad_id:
+                    for name in (hugging_face.CONFIG_FILE, hugging_face.MAP_FILE):
+                        _set(partial / name, pad_token=IMPROVED)
+            if not (partial / hugging_face.FILE).is_file():
+                print(
+                    f"warning: {output} gets tokenizer.model alone, from which transformers makes its own table: its "
+                    "ids may be others where a text has two spaces in a row or one at its ends",
+                    file=sys.stderr,
+                )
         else:
             print(f"warning: {source} has no tokenizer: {output} gets none", file=sys.stderr)
     return description._replace(family=family), params
+
+
+def _set(path: Path, **fields) -> None:
+    if path.is_file():
+        write_json_atomic(path, read_json(path) | fields)
 
 
 def _warn_of_bias(params: Params) -> None:
@@ -288,13 +354,16 @@ def _adapted_shapes(description: hf.Description, config: LoraConfig) -> Params:
     return jax.eval_shape(lambda p: lora.add(p, config, jax.random.key(0)), params)
 
 
-def export_peft(source: Path, output: Path, dtype: str = "") -> tuple[hf.Description, Params, str]:
+def export_peft(
+    source: Path, output: Path, dtype: str = "", ids: np.ndarray | None = None
+) -> tuple[hf.Description, Params, str]:
     """The adapters of a stage as PEFT reads them, whole or absent. The mesh must be set.
 
     Args:
       source: RUN/models/STAGE of a run with config.lora.
       output: the folder; must not exist.
       dtype: of the file; empty: float32.
+      ids: that the model must have, see `check_ids`.
 
     Returns:
       (description of the stage's model, what was trained, what it is for: models/STAGE of the run, or a checkpoint).
@@ -303,7 +372,8 @@ def export_peft(source: Path, output: Path, dtype: str = "") -> tuple[hf.Descrip
       ValueError: where the stage has no adapters, no family can express its model, or the output exists.
     """
     _refuse_existing(output)
-    description, _ = describe(source)
+    description, tokenizer = describe(source)
+    check_ids(description.config, ids)
     _, family = hf.exported_config(description.config, description.family)
     folder = source.absolute().parent.parent / "adapters" / source.absolute().name
     if source.absolute().parent.name != "models" or not (folder / ADAPTERS).is_file():
@@ -317,6 +387,8 @@ def export_peft(source: Path, output: Path, dtype: str = "") -> tuple[hf.Descrip
     trained = checkpoint.restore(folder, 0, lora.trained(_adapted_shapes(description, config)))
     _warn_of_bias(trained)
     is_reward = description.kind == "reward_model"
+    if is_reward:
+        _warn_of_padding(base_of(source, base), tokenizer)
     stored = next(d for d in hf.DTYPES.values() if d.name == (dtype or "float32"))
     layers = (trained["lora"]["backbone"] if is_reward else trained["lora"])["layers"]
     rank, arrays, names = config.rank, {}, _adapted(description.config, description.kind)
@@ -352,6 +424,30 @@ def export_peft(source: Path, output: Path, dtype: str = "") -> tuple[hf.Descrip
     return description._replace(family=family), trained, base
 
 
+def base_of(source: Path, base: str) -> Path:
+    """Where the model is that adapters of RUN/models/STAGE are for: in the run, or a checkpoint."""
+    inside = source.absolute().parent.parent / base
+    return inside if inside.is_dir() else Path(base)
+
+
+def _warn_of_padding(base: Path, tokenizer: Tokenizer) -> None:
+    """Where the model has no PAD to tell from an EOS, which is where rows are scored."""
+    try:
+        kept = describe(base)[0].kept
+    except ValueError:
+        kept = {}
+    ends = kept.get("eos_token_id", tokenizer.eos_id)
+    if kept.get("pad_token_id") in (None, *(ends if isinstance(ends, list) else [ends])):
+        begins = tokenizer.bos_id not in (None, tokenizer.eos_id)
+        pad = tokenizer.bos_id if begins else tokenizer.control_ids[IMPROVED]
+        print(
+            "warning: transformers scores the last token that is not PAD, and the model of these adapters has no PAD "
+            f"but its EOS: open it by AutoModelForSequenceClassification.from_pretrained(DIR, num_labels=1, "
+            f"pad_token_id={pad}), and fill rows with that id",
+            file=sys.stderr,
+        )
+
+
 def read_peft_config(folder: Path, config: ModelConfig, kind: str) -> LoraConfig:
     """What adapters of PEFT are.
 
@@ -366,15 +462,20 @@ def read_peft_config(folder: Path, config: ModelConfig, kind: str) -> LoraConfig
     if not path.is_file():
         raise ValueError(f"--input={folder} has no {PEFT_CONFIG}: name a folder that save_pretrained of PEFT wrote")
     values = read_json(path)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no JSON object: restore it from a copy")
     wanted: dict[str, tuple] = {"peft_type": ("LORA",), "task_type": (_TASKS[kind], None), "bias": ("none", None)}
     for field in ("use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layers_to_transform"):
         wanted[field] = (False, None, {}, [])
+    wanted["alora_invocation_tokens"] = (None, [])
+    # Of others, such as pissa, PEFT takes a part out of the base when it opens the adapters.
+    wanted["init_lora_weights"] = (True, False, None, "gaussian")
     wanted["modules_to_save"] = (["score"],) if kind == "reward_model" else (None, [])
     problems = [f"{field} is {values.get(field)!r}" for field in wanted if values.get(field) not in wanted[field]]
     names = {theirs.split(".")[-1]: ours for ours, theirs in _adapted(config, kind).items()}
     modules = values.get("target_modules")
     modules = list(names) if modules == "all-linear" else modules
-    if not isinstance(modules, list) or not modules or not set(modules) <= set(names):
+    if not isinstance(modules, list) or not modules or not all(module in [*names] for module in modules):
         problems.append(f"target_modules is {modules!r}, but must list some of {', '.join(names)}")
     rank, alpha = values.get("r"), values.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or alpha <= 0:
@@ -384,13 +485,14 @@ def read_peft_config(folder: Path, config: ModelConfig, kind: str) -> LoraConfig
     return LoraConfig(rank, float(alpha), tuple(ours for theirs, ours in names.items() if theirs in modules))
 
 
-def import_peft(source: Path, base: Path, output: Path) -> tuple[hf.Description, Params]:
+def import_peft(source: Path, base: Path, output: Path, ids: np.ndarray | None = None) -> tuple[hf.Description, Params]:
     """A checkpoint of ours with adapters of PEFT merged into it, whole or absent. The mesh must be set.
 
     Args:
       source: the folder of the adapters.
       base: the model that they are for: CKPT of an import, or RUN/models/STAGE.
       output: the checkpoint; must not exist.
+      ids: that the model must have, see `check_ids`.
 
     Returns:
       (description, parameters).
@@ -399,7 +501,7 @@ def import_peft(source: Path, base: Path, output: Path) -> tuple[hf.Description,
       ValueError: where there are others than LoRA's of this model, they are not whole, or the output exists.
     """
     _refuse_existing(output)
-    description, params, tokenizer = load(base)
+    description, params, tokenizer = load(base, ids)
     kind = description.kind
     config = read_peft_config(source, description.config, kind)
     like = _adapted_shapes(description, config)["lora"]
@@ -463,6 +565,13 @@ def read_ids(path: Path) -> np.ndarray:
     return ids
 
 
+def check_ids(config: ModelConfig, ids: np.ndarray | None) -> None:
+    """Raises ValueError for ids that the model does not have."""
+    num_tokens = config.num_tokens or config.vocab_size
+    if ids is not None and (ids.min() < 0 or ids.max() >= num_tokens):
+        raise ValueError(f"--verify has ids from {ids.min()} to {ids.max()}, but the model has 0 to {num_tokens - 1}")
+
+
 def forward(description: hf.Description, params: Params, ids: np.ndarray) -> np.ndarray:
     """What a model says of rows of ids [B, T] in float32: logits [B, T, num_tokens], or scores [B] of the last token.
 
@@ -471,8 +580,7 @@ def forward(description: hf.Description, params: Params, ids: np.ndarray) -> np.
     """
     config = dataclasses.replace(description.config, dtype="float32")
     num_tokens = config.num_tokens or config.vocab_size
-    if ids.min() < 0 or ids.max() >= num_tokens:
-        raise ValueError(f"--verify has ids from {ids.min()} to {ids.max()}, but the model has 0 to {num_tokens - 1}")
+    check_ids(config, ids)
     model = module_of(description.kind, config)
     method = Transformer.full_logits if isinstance(model, Transformer) else None
     apply = jax.jit(functools.partial(model.apply, method=method))
@@ -512,19 +620,20 @@ def convert() -> None:
     check_flags(_FROM.value, _TO.value, _DTYPE.value, _VERIFY.value, _LOGITS.value, _BASE.value)
     output, ids = Path(_OUTPUT.value), read_ids(Path(_VERIFY.value)) if _VERIFY.value else None
     _refuse_existing(output, *([Path(_LOGITS.value)] if _LOGITS.value else []))
+    if _LOGITS.value and not Path(_LOGITS.value).absolute().parent.is_dir():
+        raise ValueError(f"--logits={_LOGITS.value}: there is no folder {Path(_LOGITS.value).parent}")
     with jax.set_mesh(sharding.make_mesh()):
         if _FROM.value == "hf":
-            description, params = import_hf(_INPUT.value, output, _DTYPE.value or "")
+            description, params = import_hf(_INPUT.value, output, _DTYPE.value or "", ids)
         elif _FROM.value == "peft":
-            description, params = import_peft(Path(_INPUT.value), Path(_BASE.value), output)
+            description, params = import_peft(Path(_INPUT.value), Path(_BASE.value), output, ids)
         elif _TO.value == "peft":
             source = Path(_INPUT.value)
-            description, params, base = export_peft(source, output, _DTYPE.value or "")
-            inside = source.absolute().parent.parent / base
-            at = inside if inside.is_dir() else base
+            description, params, base = export_peft(source, output, _DTYPE.value or "", ids)
+            at = base_of(source, base)
             print(f"adapters for {at}: write that by python -m pit_jax.convert --to=hf --input={at} --output=DIR")
         else:
-            description, params = export_hf(Path(_INPUT.value), output, _DTYPE.value or "")
+            description, params = export_hf(Path(_INPUT.value), output, _DTYPE.value or "", ids)
         count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
         if ids is not None and _TO.value == "peft":
             params = load(source)[1]

@@ -15,9 +15,11 @@ import pytest
 import tokenizers
 from absl import flags
 from absl.testing import flagsaver
+from test_chat import CHATML
+from test_tokenizer_kinds import byte_level, sentencepiece_model
 
 from pit_jax import checkpoint, convert
-from pit_jax.config import DataConfig, ModelConfig, PitConfig
+from pit_jax.config import DataConfig, ModelConfig, PitConfig, TokenizerConfig
 from pit_jax.data import tokenizer as tokenizer_lib
 from pit_jax.models import hf
 from pit_jax.models.transformer import ScalarModel, Transformer
@@ -146,6 +148,27 @@ def test_sizes_of_tokenizers(tmp_path):
         hf.tokenizer_size(tmp_path)
 
 
+def test_a_tokenizer_that_cannot_be_used_is_told_at_import(theirs, tmp_path, capsys):
+    (theirs / "generation_config.json").unlink()
+    convert.import_hf(str(theirs), tmp_path / "ckpt")
+    said = capsys.readouterr().err
+    assert (
+        said.startswith("warning: no run and no export can use the tokenizer of this model") and "names no EOS" in said
+    )
+    assert (tmp_path / "ckpt" / "model.json").is_file()
+
+
+def test_a_tokenizer_without_a_table_is_told_at_export(theirs, tmp_path, capsys):
+    (theirs / "tokenizer.json").unlink()
+    (theirs / "tokenizer.model").write_bytes(sentencepiece_model())
+    convert.import_hf(str(theirs), tmp_path / "ckpt")
+    assert "warning" not in capsys.readouterr().err
+    convert.export_hf(tmp_path / "ckpt", tmp_path / "out")
+    assert "out gets tokenizer.model alone, from which transformers makes its own" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+    assert hf.read_json(tmp_path / "out" / "tokenizer_config.json")["tokenizer_class"] == "LlamaTokenizer"
+
+
 def test_without_a_tokenizer_no_rows_are_added(theirs, tmp_path, capsys):
     (theirs / "tokenizer.json").unlink()
     description, _ = convert.import_hf(str(theirs), tmp_path / "ckpt")
@@ -153,25 +176,33 @@ def test_without_a_tokenizer_no_rows_are_added(theirs, tmp_path, capsys):
     assert "warning" in (said := capsys.readouterr().err) and "no rows for the control symbols" in said
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A workdir of PIT with M_P^SFT and R_P of random parameters, and its tokenizer."""
-    root = tmp_path_factory.mktemp("run") / "run"
-    sizes = dataclasses.replace(SIZES, vocab_size=2048, embedding_scale=True, qkv_bias=False)
-    config = PitConfig(policy_model=sizes, pit_model=sizes, reward_model=sizes, data=DataConfig(response_window=40))
+RUN_SIZES = dataclasses.replace(SIZES, vocab_size=2048, embedding_scale=True, qkv_bias=False)
+
+
+def make_run(root, write_data, stages, **fields):
+    """A workdir of PIT with models of random parameters; `write_data` fills the folder data."""
+    data = DataConfig(response_window=40)
+    config = PitConfig(policy_model=RUN_SIZES, pit_model=RUN_SIZES, reward_model=RUN_SIZES, data=data, **fields)
     workdir = Workdir(root, config)
     (root / "data").mkdir()
-    model = tokenizer_lib.train(["some words to learn from, and some more"] * 3, 300)
-    (root / "data" / "tokenizer.model").write_bytes(model)
+    write_data(root / "data")
     workdir.finish("data", {})
-    padded = dataclasses.replace(sizes, vocab_size=384)
-    for stage, module in (("sft_policy", Transformer(padded)), ("r_p", ScalarModel(padded))):
-        params = host_params(module, len(stage))
+    padded = dataclasses.replace(RUN_SIZES, vocab_size=384)
+    for stage in stages:
+        params = host_params((ScalarModel if stage == "r_p" else Transformer)(padded), len(stage))
         if stage == "r_p":
             params["params"]["bias"] = np.float32(1.25)
         workdir.save_model(stage, params)
         workdir.finish(stage, {})
     return root
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A workdir of PIT with M_P^SFT and R_P of random parameters, and its tokenizer."""
+    model = tokenizer_lib.train(["some words to learn from, and some more"] * 3, 300)
+    write_model = lambda data: (data / "tokenizer.model").write_bytes(model)  # noqa: E731
+    return make_run(tmp_path_factory.mktemp("run") / "run", write_model, ("sft_policy", "r_p"))
 
 
 def test_a_stage_of_a_run_is_exported(run, tmp_path):
@@ -181,6 +212,7 @@ def test_a_stage_of_a_run_is_exported(run, tmp_path):
     values = hf.read_json(tmp_path / "out" / "config.json")
     assert values["vocab_size"] == tokenizer.vocab_size == description.config.num_tokens < 384
     assert (values["model_type"], values["eos_token_id"], values["pad_token_id"]) == ("llama", 2, 0)
+    assert values["max_position_embeddings"] == 512 + 2 * 40 + 128 + 256, "all windows, and room for templates"
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (run / "data" / "tokenizer.model").read_bytes()
     ids = np.random.default_rng(0).integers(0, tokenizer.vocab_size, (3, 9))
     expected = convert.forward(description, params, ids)
@@ -201,6 +233,71 @@ def test_a_reward_model_of_a_run_is_exported(run, tmp_path, capsys):
     with torch.no_grad():
         scores = model(torch.tensor(ids)).logits[:, 0].numpy()
     np.testing.assert_allclose(convert.forward(description, params, ids), scores + 1.25, rtol=0, atol=1e-5)
+
+
+@parity
+def test_scores_where_pad_is_eos(tmp_path):
+    """A tokenizer without a PAD, as that of Llama 2: transformers must score the EOS, in rows that it pads too."""
+    import torch
+    import transformers
+
+    model = sentencepiece_model(user_defined_symbols=[], vocab_size=380)
+    root = make_run(tmp_path / "run", lambda data: (data / "tokenizer.model").write_bytes(model), ["r_p"])
+    tok = tokenizer_lib.load(root / "data" / "tokenizer.model")
+    assert tok.pad_id == tok.eos_id == 2
+    description, params = convert.export_hf(root / "models" / "r_p", tmp_path / "out")
+    row = [tok.bos_id, *tok.encode("the fox"), tok.eos_id]
+    expected = convert.forward(description, params, np.array([row]))
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    pad = transformers.AutoTokenizer.from_pretrained(tmp_path / "out").pad_token_id
+    assert theirs.config.pad_token_id == pad == tok.control_ids["<<Improved>>"]
+    with torch.no_grad():
+        scores = theirs(torch.tensor([row + [pad] * 3, [5] * 3 + row])).logits[:1, 0].numpy()
+        before = theirs(torch.tensor([row[:-1]])).logits[0, 0].item()
+    np.testing.assert_allclose(scores + 1.25, expected, rtol=0, atol=1e-5)
+    assert abs(before + 1.25 - expected[0]) > 0.01
+
+
+def test_a_base_whose_pad_is_its_eos_is_told(tmp_path, capsys):
+    tok = tokenizer_lib.load("bytes")
+    kept = {"eos_token_id": [2, 7], "pad_token_id": 7}
+    for pad, told in ((7, True), (None, True), (0, False)):
+        description = hf.Description("language_model", "llama", "float32", SIZES, kept | {"pad_token_id": pad})
+        hf.write_description(tmp_path, description)
+        convert._warn_of_padding(tmp_path, tok)
+        assert ("pad_token_id=257)" in capsys.readouterr().err) == told
+
+
+@pytest.mark.parametrize("kind", ["table", "sentencepiece"])
+def test_a_run_with_a_chat_template_says_how_it_ends_its_turns(kind, tmp_path):
+    """generate() stops at what ends a turn, and the template is the one that was trained with."""
+    chat = CHATML + "{# of the run #}"
+
+    def write_data(data):
+        if kind == "table":
+            byte_level(data / "start", chat_template="{{ messages }}")
+            write(data / "start" / "generation_config.json", {"eos_token_id": 261, "temperature": 0.5})
+            tokenizer_lib.load(data / "start").save(data / "tokenizer")
+        else:
+            model = sentencepiece_model(vocab_size=380, user_defined_symbols=[], control_symbols=["<|im_end|>"])
+            (data / "tokenizer.model").write_bytes(model)
+        write(data / "chat_template.json", {"template": chat, "date": "2024-01-01"})
+
+    tokenizer = TokenizerConfig(chat_template="some.jinja")
+    root = make_run(tmp_path / "run", write_data, ["sft_policy"], tokenizer=tokenizer)
+    convert.export_hf(root / "models" / "sft_policy", tmp_path / "out")
+    out = tmp_path / "out"
+    end = {"table": 264, "sentencepiece": 3}[kind]
+    assert hf.read_json(out / "config.json")["eos_token_id"] == end
+    assert hf.read_json(out / "tokenizer_config.json")["eos_token"] == "<|im_end|>"
+    assert (out / "chat_template.jinja").read_text() == chat
+    if kind == "table":
+        assert hf.read_json(out / "generation_config.json") == {"eos_token_id": 264, "temperature": 0.5}
+    back = tokenizer_lib.load(out)
+    assert back.eos_id == end and back.chat_template == chat
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    assert theirs.eos_token_id == end and theirs.chat_template == chat
 
 
 def test_nothing_half_written_is_left(theirs, tmp_path, monkeypatch):
@@ -249,7 +346,7 @@ def test_inputs_that_are_no_model(theirs, run, tmp_path):
 
 
 def test_names_on_the_hub(monkeypatch, theirs):
-    for name in ("../x", "a/b/c", "/none/x", "model"):
+    for name in ("../nowhere", "a/b/c", "/none/x", "model"):
         with pytest.raises(ValueError, match="neither a folder nor a name on the hub"):
             convert.find(name)
     asked = []
@@ -264,6 +361,7 @@ def test_names_on_the_hub(monkeypatch, theirs):
     assert convert.find("owner/model") == theirs
     patterns = asked[0][1]["allow_patterns"]
     assert set(patterns) == {"*.safetensors", "*.json", "*.jinja", "tokenizer.model"}, "no pickles"
+    assert set(asked[0][1]["ignore_patterns"]) == {"*/*", "consolidated*"}, "no weights twice"
     with pytest.raises(ValueError, match=r"did not give it \(RuntimeError: no network\).*name the folder"):
         convert.find("owner/down")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
@@ -291,11 +389,18 @@ def test_ids_that_cannot_be_read(tmp_path, content, message):
         convert.read_ids(path)
 
 
-def test_ids_that_the_model_has_not(run):
-    description, params, _ = convert.load(run / "models" / "sft_policy")
-    for ids in ([[0, 383]], [[-1, 3]]):
+def test_ids_that_the_model_has_not(run, theirs, tmp_path):
+    """Known before anything is written."""
+    stage = run / "models" / "sft_policy"
+    description, params, _ = convert.load(stage)
+    for ids in map(np.asarray, ([[0, 383]], [[-1, 3]])):
         with pytest.raises(ValueError, match=r"but the model has 0 to \d+"):
-            convert.forward(description, params, np.asarray(ids))
+            convert.forward(description, params, ids)
+        with pytest.raises(ValueError, match=r"but the model has 0 to \d+"):
+            convert.export_hf(stage, tmp_path / "out", ids=ids)
+        with pytest.raises(ValueError, match="but the model has 0 to 299"):
+            convert.import_hf(str(theirs), tmp_path / "out", ids=ids)
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
 
 
 @pytest.mark.parametrize(
@@ -327,6 +432,16 @@ def test_the_command(theirs, tmp_path, cache):
     description, params, _ = convert.load(tmp_path / "ckpt")
     assert logits.dtype == np.float32 and logits.shape == (3, 8, 300)
     np.testing.assert_allclose(logits, convert.forward(description, params, ids), rtol=1e-4, atol=1e-5)
+
+
+def test_a_folder_for_logits_that_is_not_there(theirs, tmp_path):
+    np.save(tmp_path / "ids.npy", np.zeros((1, 2), np.int32))
+    given = {"input": str(theirs), "output": str(tmp_path / "out"), "verify": str(tmp_path / "ids.npy")}
+    with flagsaver.flagsaver(**{"from": "hf"}, **given, logits=str(tmp_path / "none" / "x.npy")):
+        flags.FLAGS.mark_as_parsed()
+        with pytest.raises(ValueError, match="--logits=.*x.npy: there is no folder .*none"):
+            convert.convert()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_mistake_is_one_line(tmp_path, capsys):

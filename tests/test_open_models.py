@@ -30,7 +30,7 @@ def model_folder(tmp_path_factory):
     transformers.set_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=False,
+        num_key_value_heads=2, tie_word_embeddings=False, max_position_embeddings=640,
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     with open(folder / "tokenizer.model", "wb") as file:
@@ -89,6 +89,7 @@ def test_a_run_takes_sizes_vocabulary_and_tokenizer_of_the_model(converted, rows
         convert.export_hf(tmp_path / "run" / "models" / "sft_policy", tmp_path / "exported")
     exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
     assert exported.config.vocab_size == 320
+    assert exported.config.max_position_embeddings == 640, "that of the model which the run started from"
     text = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
     assert text.encode("say the word", add_special_tokens=False) == theirs.encode("say the word")
 
@@ -110,6 +111,19 @@ def test_a_run_without_a_tokenizer_is_refused(converted, rows_file, tmp_path):
         pit.check(config_for(bare, rows_file), {"data"})
     with pytest.raises(ValueError, match=r"config\.base=.*has no tokenizer"):
         srt.check(c.SrtConfig(base=str(bare)), {"data"})
+
+
+@pytest.mark.parametrize(
+    ("mesh", "field"),
+    [
+        ({"data": 1, "model": 4}, "policy_model.num_kv_heads=2 is no multiple of the 4 devices .*config.mesh.model"),
+        ({"data": 3, "model": 1}, "policy_model.d_model=32 is no multiple of the 3 devices .*config.mesh.data"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_model(converted, rows_file, mesh, field):
+    with pytest.raises(ValueError, match=field):
+        common.check_layout(config_for(converted, rows_file), mesh)
+    common.check_layout(config_for(converted, rows_file), {"data": 4, "model": 2})
 
 
 def test_another_tokenizer_is_refused(converted, rows_file):

@@ -96,7 +96,8 @@ def test_peft_reads_the_adapters_and_the_head_of_a_reward_model(made, tmp_path, 
     convert.export_peft(made / "run" / "models" / "r_p", tmp_path / "out")
     ours, params, _ = convert.load(made / "run" / "models" / "r_p")
     bias = float(params["params"]["bias"])
-    assert f"bias of {bias:.6g}" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"bias of {bias:.6g}" in said and "pad_token_id" not in said
     model = transformers.AutoModelForSequenceClassification.from_pretrained(made / "theirs", num_labels=1)
     model = peft.PeftModel.from_pretrained(model, tmp_path / "out")
     np.testing.assert_allclose(logits_of(model)[:, 0] + bias, convert.forward(ours, params, IDS), atol=1e-4)
@@ -145,6 +146,9 @@ def test_adapters_that_cannot_be_merged(made, by_peft, tmp_path):
     attempt("task_type is 'SEQ_CLS'", {"task_type": "SEQ_CLS"})
     attempt("target_modules is .*lm_head", {"target_modules": ["q_proj", "lm_head"]})
     attempt("r and lora_alpha are 0", {"r": 0})
+    attempt("init_lora_weights is 'pissa'", {"init_lora_weights": "pissa"})
+    attempt("init_lora_weights is 'olora'", {"init_lora_weights": "olora"})
+    attempt(r"alora_invocation_tokens is \[5, 6\]", {"alora_invocation_tokens": [5, 6]})
     attempt(r"lora_A.weight: has shape \(2, 16\), not \(4, 16\)", {"r": 4})
     name = "base_model.model.model.layers.1.self_attn.o_proj.lora_B.weight"
     attempt(f"{name}: is missing", dropped=[name])

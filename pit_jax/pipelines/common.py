@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -407,6 +407,18 @@ def pretrain_stage(context: Context, stage: str, sizes: ModelConfig) -> dict:
     return likelihood_stage(context, stage, sizes, settings, rows, "", start, loss_on_prompt=settings.loss_on_prompt)
 
 
+def check_layout(config: Any, mesh: Mapping[str, int]) -> None:
+    """Raises ValueError where the sizes of a model cannot be cut over the axes of the mesh."""
+    for name in ("policy_model", "pit_model", "reward_model"):
+        for field, axis in (("num_kv_heads", "model"), ("mlp_dim", "model"), ("d_model", "data")):
+            size = getattr(getattr(config, name, None), field, 0)
+            if size % mesh[axis]:
+                raise ValueError(
+                    f"config.{name}.{field}={size} is no multiple of the {mesh[axis]} devices of the mesh's axis "
+                    f"{axis}: set config.mesh.{axis} to a divisor of it"
+                )
+
+
 def starts_from(config: Any) -> tuple[str, str]:
     """(field, value) of the checkpoint that a run starts from; the value is empty where it starts from nothing."""
     base = getattr(config, "base", "")
@@ -715,6 +727,7 @@ def run(
     workdir.claim()
     context = Context(config, workdir, MetricsWriter(workdir.root), command)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
+    check_layout(config, mesh.shape)
     with jax.set_mesh(mesh):
         evaluated = workdir.done("evaluate")
         if evaluated and set(config.arms) - set(evaluated["arms"]):
