@@ -130,8 +130,8 @@ def _try_tokenizer(folder: Path, output: Path) -> None:
         tokenizer_lib.load(folder)
     except ValueError as error:
         print(
-            f"warning: no run and no export can use the tokenizer of this model: {error}. The model is read all the "
-            f"same; mend the files in {output / 'tokenizer'}",
+            f"warning: no run and no export can use the tokenizer of this model: {str(error).rstrip('.')}. The model "
+            f"is read all the same; mend the files in {output / 'tokenizer'}",
             file=sys.stderr,
         )
 
@@ -300,7 +300,7 @@ def export_hf(
             tokenizer.save(partial)  # with the control symbols, whose rows the tables have
             if not description.family:  # it ends and pads rows as the run did, not as the model that it started from
                 _set(partial / hugging_face.GENERATION_FILE, eos_token_id=tokenizer.eos_id)
-                if description.kept["pad_token_id"] != tokenizer.pad_id:
+                if description.kept.get("pad_token_id", tokenizer.pad_id) != tokenizer.pad_id:
                     for name in (hugging_face.CONFIG_FILE, hugging_face.MAP_FILE):
                         _set(partial / name, pad_token=IMPROVED)
             if not (partial / hugging_face.FILE).is_file():

@@ -82,7 +82,7 @@ def read_added(folder: Path) -> list[dict[str, Any]]:
     try:
         return added_beside(settings, added)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"the added tokens in {folder} cannot be read ({error!r}): download them again") from error
+        raise ValueError(f"the added tokens in {folder} cannot be read ({error}): download them again") from error
 
 
 def roles_in(settings: dict[str, Any], mapped: dict[str, Any]) -> dict[str, str]:
