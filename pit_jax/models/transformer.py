@@ -163,7 +163,7 @@ def attention_in_blocks(
       k, v: [B, T, K, H].
       places: of the T tokens, whose slots ascend.
       reach: of `sight`.
-      block: queries at a time.
+      block: queries at a time; more where there would be over 16 blocks, as each is compiled.
       **kwargs: of `attention`.
     """
 
@@ -172,9 +172,10 @@ def attention_in_blocks(
         return attention(q, k, v, sight(queries, keys, reach), **kwargs)
 
     T = q.shape[1]
+    size = max(block, -(-T // 16))
     blocks = [
         of_block(q[:, a:b], k[:, :b], v[:, :b], places.cut(a, b), places.cut(0, b), reach)
-        for a, b in ((a, min(a + block, T)) for a in range(0, T, block))
+        for a, b in ((a, min(a + size, T)) for a in range(0, T, size))
     ]
     return jnp.concatenate(blocks, axis=1)
 
