@@ -1,0 +1,171 @@
+"""What programs cost: operations against hand counts, bytes and collectives of HLO written by hand and of XLA's own."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pit_jax import cost, sharding
+
+f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+
+
+def flops(function, *arguments, **kwargs):
+    return cost.matmul_flops(jax.make_jaxpr(function)(*arguments), **kwargs)
+
+
+def test_a_product_takes_two_operations_per_term():
+    assert flops(lambda x, y: x @ y, f32(3, 5), f32(5, 7)) == 2 * 3 * 5 * 7
+    assert flops(lambda x, y: jnp.einsum("btd,bsd->bts", x, y), f32(2, 3, 5), f32(2, 7, 5)) == 2 * 2 * 3 * 5 * 7
+    assert flops(lambda x: jnp.tanh(x) + 1, f32(3, 5)) == 0
+
+
+def test_a_body_counts_as_often_as_it_runs():
+    square = lambda x: x @ x  # noqa: E731
+    once = 2 * 4**3
+    looped = lambda x: jax.lax.scan(lambda c, _: (square(c), None), x, None, length=6)[0]  # noqa: E731
+    assert flops(looped, f32(4, 4)) == 6 * once
+    assert flops(lambda x: jax.lax.scan(lambda c, _: (looped(c), None), x, None, length=3)[0], f32(4, 4)) == 18 * once
+    data = lambda x: jax.lax.while_loop(lambda c: c[0, 0] < 9, square, x)  # noqa: E731
+    assert flops(data, f32(4, 4)) == once
+    assert flops(data, f32(4, 4), while_trips=5) == 5 * once
+    either = lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: square(square(x)), square, x)  # noqa: E731
+    assert flops(either, f32(4, 4)) == 2 * once
+
+
+def test_remat_is_work_that_is_done_twice():
+    """Forward, and two products back, of each of two; the first is done again (the second is not needed)."""
+
+    def loss(x, a, b, remat):
+        f = lambda x: jnp.tanh(x @ a) @ b  # noqa: E731
+        return jnp.sum((jax.checkpoint(f) if remat else f)(x))
+
+    arguments = f32(8, 4), f32(4, 4), f32(4, 4)
+    count = lambda remat: flops(jax.grad(lambda *z: loss(*z, remat), argnums=(0, 1, 2)), *arguments)  # noqa: E731
+    once = 2 * 8 * 4 * 4
+    assert count(False) == 6 * once
+    assert count(True) == 7 * once
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "shards"),
+    [
+        (jax.P("data", None), jax.P(None, "model"), 8),
+        (jax.P("data", None), jax.P(None, None), 4),
+        (jax.P("data", "model"), jax.P("model", None), 8),  # partial sums
+        (jax.P(None, None), jax.P(None, None), 1),
+    ],
+)
+def test_a_product_is_shared_by_the_devices_that_hold_its_parts(left, right, shards):
+    mesh = sharding.make_mesh(4, 2, devices=jax.devices()[:8])
+    with jax.set_mesh(mesh):
+        on = lambda shape, spec: jax.ShapeDtypeStruct(  # noqa: E731
+            shape, jnp.float32, sharding=jax.NamedSharding(mesh, spec)
+        )
+        product = lambda x, y: jnp.einsum("ij,jk->ik", x, y, out_sharding=jax.P(left[0], right[1]))  # noqa: E731
+        found = flops(product, on((8, 6), left), on((6, 4), right))
+    assert found == 2 * 8 * 6 * 4 / shards
+
+
+HLO = """\
+HloModule jit_step, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%all-reduce-scatter.1 (input: bf16[64]) -> bf16[16] {
+  %input = bf16[64]{0} parameter(0)
+  %whole = bf16[64]{0} all-reduce(%input), replica_groups=[2,4]<=[8], to_apply=%add
+  ROOT %part = bf16[16]{0} dynamic-slice(%whole, %input), dynamic_slice_sizes={16}
+}
+
+%one_layer (stack: f32[6,10], i: s32[]) -> f32[10] {
+  %stack = f32[6,10]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %row = f32[1,10]{1,0} dynamic-slice(%stack, %i, %zero), dynamic_slice_sizes={1,10}
+  ROOT %flat = f32[10]{0} bitcast(%row)
+}
+
+%write (cache: f32[6,10], new: f32[1,10], j: s32[]) -> f32[6,10] {
+  %cache = f32[6,10]{1,0} parameter(0)
+  %new = f32[1,10]{1,0} parameter(1)
+  %j = s32[] parameter(2)
+  %nought = s32[] constant(0)
+  ROOT %kept = f32[6,10]{1,0} dynamic-update-slice(%cache, %new, %j, %nought)
+}
+
+%condition (c: (s32[], f32[6,10])) -> pred[] {
+  %c = (s32[], f32[6,10]{1,0}) parameter(0)
+  %count = s32[] get-tuple-element(%c), index=0
+  %bound = s32[]{:T(128)} constant(6), metadata={op_name="while/cond/lt"}
+  ROOT %less = pred[] compare(%count, %bound), direction=LT
+}
+
+%body (c.1: (s32[], /*index=1*/f32[6,10])) -> (s32[], f32[6,10]) {
+  %c.1 = (s32[], f32[6,10]{1,0}) parameter(0)
+  %k = s32[] get-tuple-element(%c.1), index=0
+  %weights = f32[6,10]{1,0} get-tuple-element(%c.1), index=1
+  %layer = f32[10]{0} fusion(%weights, %k), kind=kLoop, calls=%one_layer
+  %all = f32[40]{0:T(128)S(1)} all-gather(%layer), replica_groups=mesh['data'=4,'model'=2] {'data'}, dimensions={0}
+  %back = f32[6,10]{1,0} fusion(%weights, %layer, %k), kind=kLoop, calls=%write
+  ROOT %next = (s32[], f32[6,10]{1,0}) tuple(%k, %back)
+}
+
+ENTRY %main (x: f32[6,10], y: bf16[64]) -> (bf16[16], f32[6,10]) {
+  %x = f32[6,10]{1,0} parameter(0)
+  %y = bf16[64]{0} parameter(1)
+  %start = s32[] constant(0)
+  %begin = (s32[], f32[6,10]{1,0}) tuple(%start, %x)
+  %loop = (s32[], f32[6,10]{1,0}) while(%begin), condition=%condition, body=%body
+  %out = f32[6,10]{1,0} get-tuple-element(%loop), index=1
+  %moved = (f32[6,10]{1,0}, f32[6,10]{1,0:S(1)}, u32[]{:S(2)}) copy-start(%out)
+  %there = f32[6,10]{1,0:S(1)} copy-done(%moved)
+  %shared = bf16[16]{0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.1
+  %summed = bf16[16]{0} all-reduce(%shared), replica_groups={{0,2,4},{1,3,5}}, to_apply=%add
+  ROOT %result = (bf16[16]{0}, f32[6,10]{1,0}) tuple(%summed, %out)
+}
+"""
+
+
+def test_bytes_and_collectives_by_hand():
+    found = cost.traffic(HLO)
+    gather = cost.Collective("all-gather", 6 * 160, 6, 4)
+    scatter = cost.Collective("reduce-scatter", 128, 1, 4)
+    total = cost.Collective("all-reduce", 32, 1, 3)
+    assert found.collectives == [gather, scatter, total]
+    layer = 40 + 4 + 40  # a row of the stack, its number, the result
+    gathering = 40  # what it reads: what it gathers stays on the chip
+    update = 40 + 40 + 4  # the row that is written and where it comes from, and its number; not the whole stack
+    copy = 240  # from the main memory; it goes to the chip's own
+    ends = (128 + 32) + (32 + 32)
+    assert found.hbm_bytes == 6 * (layer + gathering + update) + copy + ends
+
+
+def test_what_a_ring_sends():
+    """n - 1 of n parts; of a sum twice, as its parts go round as well."""
+    sent = lambda kind: cost.Collective(kind, 400, 1, 4).bytes_sent  # noqa: E731
+    assert (sent("all-gather"), sent("reduce-scatter"), sent("all-reduce")) == (300, 300, 600)
+    assert sent("collective-permute") == 400
+
+
+def test_a_loop_that_data_end_runs_as_often_as_is_said():
+    text = HLO.replace("direction=LT", "direction=NE")
+    per_turn = 84 + 40 + 84
+    assert cost.traffic(text, while_trips=10).hbm_bytes - cost.traffic(text).hbm_bytes == 9 * per_turn
+    known = text.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"7"}}')
+    assert cost.traffic(known).hbm_bytes - cost.traffic(text).hbm_bytes == 6 * per_turn
+
+
+def test_bytes_are_those_of_xla_where_nothing_loops():
+    """Of a program for this machine, within what XLA counts inside of fusions."""
+
+    def step(x, w):
+        return jnp.tanh(x @ w).sum(0)
+
+    compiled = jax.jit(step).lower(f32(256, 128), f32(128, 512)).compile()
+    expected = compiled.cost_analysis()["bytes accessed"]
+    assert cost.traffic(compiled.as_text()).hbm_bytes == pytest.approx(expected, rel=0.05)
+    assert flops(step, f32(256, 128), f32(128, 512)) == 2 * 256 * 128 * 512
