@@ -47,7 +47,7 @@ class ModelConfig:
     tie_embeddings: bool = True
     dtype: str = "float32"  # of activations and matrix products; parameters are float32
     remat: str = "none"  # none, dots (keep matrix products), full
-    attention_block: int = 128  # queries of a longer sequence that attend at a time: memory against fewer products
+    attention_block: int = 128  # queries that attend at a time in sequences longer than two such blocks
     copy_init: float = 0.0  # o starts as this times v transposed, so that heads pass on what they attend to
 
     num_tokens: int = 0  # ids that exist: rows of the tables behind them are padding and get no probability; 0: all

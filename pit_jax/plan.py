@@ -75,7 +75,7 @@ SLICES = {
 
 
 def slice_name(text: str) -> tuple[str, tuple[int, ...]]:
-    """"v4:4x4x4" or "v4-128" -> ("v4", (4, 4, 4)).
+    """ "v4:4x4x4" or "v4-128" -> ("v4", (4, 4, 4)).
 
     Raises:
       ValueError: for others.

@@ -39,7 +39,7 @@ def main(data: int, model: int, dtype: str, remat: str, chunk_size: int) -> dict
     mesh = sharding.make_mesh(data, model, devices=topology.devices)
     config = ModelConfig(
         vocab_size=512, num_layers=2, d_model=128, num_heads=4, num_kv_heads=2, head_dim=32, mlp_dim=256,
-        dtype=dtype, remat=remat, copy_init=1.0, attention_block=48,
+        dtype=dtype, remat=remat, copy_init=1.0, attention_block=24,
     )  # fmt: skip
     decoder, decode, scalar = Transformer(config), Transformer(config, sharding.DECODE_RULES), ScalarModel(config)
     made = {

@@ -11,13 +11,13 @@ PACKAGE = "pit_jax"
 
 COMMAND_LINE = {"train", "improve", "evaluate", "plan", "convert", "inspect_data", "bench", "synthesize"}
 LAYERS = (
-    {"config", "types", "sharding", "client", "files"},
+    {"config", "types", "sharding", "client", "files", "cost"},
     {"data"},
     {"models"},
     {"losses"},
     {"sampling", "optimizers", "train_state", "checkpoint", "metrics"},
     {"learners"},
-    {"pipelines"},
+    {"pipelines", "programs"},
     {"evaluation"},
     {"cli"},
     COMMAND_LINE,

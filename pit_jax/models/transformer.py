@@ -303,7 +303,7 @@ class Block(nn.Module):
             if cache is not None:
                 cache, k, v = _update_cache(cache, layer, k, v)
             how = {"query_scale": c.query_scale, "softcap": c.attention_softcap}
-            if cache is None and x.shape[1] > c.attention_block:
+            if cache is None and x.shape[1] > 2 * c.attention_block:
                 y = attention_in_blocks(q, k, v, queries, reach, c.attention_block, **how)
             else:
                 y = attention(q, k, v, sight(queries, keys, reach), **how)
