@@ -61,8 +61,8 @@ def get_config(variant: str = "small") -> ml_collections.ConfigDict:
         sft_policy=sft,
         sft_pit=sft,
         r_p=reward,
-        r_pit=reward,
-        evaluator=reward,
+        r_pit=dataclasses.replace(reward, start_from="r_p"),
+        evaluator=dataclasses.replace(reward, num_epochs=1.0),  # of three times the rows
         ppo=ppo,
         ppo_pit=ppo,
         evaluation=c.EvaluationConfig(num_prompts=128, batch_size=32, num_iterations=2, self_refine=False),
