@@ -30,6 +30,7 @@ from ml_collections import config_flags
 
 from pit_jax import cli, config as config_lib, cost, programs, sharding
 from pit_jax.files import write_json_atomic
+from pit_jax.pipelines import common
 from pit_jax.train_state import TrainState
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :VARIANT where it has some.")
@@ -242,6 +243,7 @@ def plan(config: Any, topology: str, stages: list[str] | None = None) -> dict[st
         chip, devices = CHIPS[kind], devices_of(kind, axes)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.model, devices=devices)
     shape = dict(mesh.shape)
+    common.check_layout(config, shape)
     print(f"{config.name} on {topology}: {len(devices)} devices, mesh data={shape['data']} x model={shape['model']}")
     if chip:
         print(f"{'program':<28}{'GiB':>8}  of {chip.hbm_bytes / GIB:.0f} per chip")
