@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
+from pit_jax import interrupts
 from pit_jax.data.sources import DataError
 from pit_jax.learners.loop import NonFiniteError
 
@@ -26,7 +28,9 @@ def keep_programs(workdir: Path) -> None:
 
 @contextlib.contextmanager
 def one_line_errors(stopped: str = "") -> Iterator[None]:
-    """A mistake ends in one line on stderr and status 2 (--v=1 shows where it was raised); Ctrl-C in status 130.
+    """A mistake ends in one line on stderr and status 2 (--v=1 shows where it was raised).
+
+    Ctrl-C ends in status 130, SIGTERM in that of `interrupts`, on which a launcher starts the command again.
 
     Args:
       stopped: printed at Ctrl-C: how to go on.
@@ -38,6 +42,9 @@ def one_line_errors(stopped: str = "") -> Iterator[None]:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except interrupts.Interrupted as error:
+        print(f"{error}{stopped and '; '}{stopped}", file=sys.stderr)
+        sys.exit(interrupts.RESTART if error.number == signal.SIGTERM else 130)
     except KeyboardInterrupt:
         print(f"\nstopped{stopped and '; '}{stopped}", file=sys.stderr)
         sys.exit(130)

@@ -15,7 +15,7 @@ LAYERS = (
     {"data"},
     {"models"},
     {"losses"},
-    {"sampling", "optimizers", "train_state", "checkpoint", "metrics"},
+    {"sampling", "optimizers", "train_state", "checkpoint", "metrics", "interrupts"},
     {"learners"},
     {"pipelines", "programs"},
     {"evaluation"},

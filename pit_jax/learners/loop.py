@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pit_jax import checkpoint, metrics, train_state
+from pit_jax import checkpoint, interrupts, metrics, train_state
 from pit_jax.types import Metrics
 
 
@@ -48,6 +48,7 @@ def run(
 
     Raises:
       NonFiniteError: at the first step whose metrics are not finite; the checkpoint before it stays.
+      Interrupted: after SIGTERM or Ctrl-C, when the step that ran is saved.
     """
     restored = checkpoint.restore_latest(directory, train_state.saved_part(state))
     start = 0
@@ -82,16 +83,19 @@ def run(
         clock = now
         bar.update(1, values)
 
-    with metrics.progress(num_steps, start, stage) as bar:
+    with metrics.progress(num_steps, start, stage) as bar, interrupts.deferred() as asked:
         for step in range(start, num_steps):
             state, values = train_step(state, batch_at(step))
             flush()
             pending = (step + 1, values)
             last = step + 1 == num_steps
             evaluate_now = evaluate and (last or (eval_every and (step + 1) % eval_every == 0))
-            if evaluate_now or last or (step + 1) % save_every == 0:
+            number = asked()
+            if evaluate_now or last or number or (step + 1) % save_every == 0:
                 flush()
                 if evaluate_now:
                     evaluate(state, step + 1)
                 checkpoint.save(directory, step + 1, train_state.saved_part(state), keep=2)
+            if number:
+                raise interrupts.Interrupted(number, f"stage {stage}: step {step + 1} of {num_steps} is saved")
     return state

@@ -1,0 +1,51 @@
+"""SIGTERM, which a machine gets before it is taken away, and Ctrl-C: the step that runs is finished and saved."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+RESTART = 75
+"""Exit status after SIGTERM (EX_TEMPFAIL of sysexits.h): the same command goes on, so a launcher may start it again."""
+
+
+class Interrupted(Exception):
+    """Raised after the checkpoint was written.
+
+    Attributes:
+      number: of the signal.
+    """
+
+    def __init__(self, number: int, message: str):
+        super().__init__(message)
+        self.number = number
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[Callable[[], int]]:
+    """Within it the first SIGTERM or Ctrl-C is only noticed; a second one acts as it would outside.
+
+    Outside of the main thread, where Python takes no signals, nothing changes.
+
+    Yields:
+      asked() -> number of the signal that came, or 0.
+    """
+    came = 0
+    before = {}
+
+    def notice(number, frame):
+        nonlocal came
+        del frame
+        came = number
+        print(f"\n{signal.Signals(number).name}: stopping after this step", flush=True)
+        signal.signal(number, before[number])
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.getsignal(number) or signal.SIG_DFL  # None: a handler that is not Python's
+            signal.signal(number, notice)
+    try:
+        yield lambda: came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
