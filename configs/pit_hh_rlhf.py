@@ -42,7 +42,6 @@ def get_config(variant: str = "small") -> ml_collections.ConfigDict:
         data=c.DataConfig(
             source="file",
             path="set --config.data.path=FOLDER",
-            format="hh_rlhf",
             num_selection=128,
             num_test=800,
             prompt_window=512,

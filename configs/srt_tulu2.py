@@ -6,7 +6,7 @@
 
 FILE holds a JSON object per line, {"prompt": ...}; answers are not needed, as M_base writes them. A quarter of the
 instructions is for stage 1, the rest for stage 2: 100,000 and the test rows are the paper's number. The tokenizer comes
-with CHECKPOINT.
+with CHECKPOINT. `:CHECKPOINT` instead of `:7b` takes the sizes of any checkpoint that `pit_jax.convert` has made.
 
 25,000 instructions for stage 1 and 75,000 others for stage 2; responses at temperature 0.7, critiques and refinements
 greedy; stage 1: 5 epochs at 1e-5; stage 2: DPO with beta 0.01, one epoch at 5e-7; batches of 32, cosine with 10% of
@@ -18,20 +18,32 @@ Mesh: data x 4 (7b), data x 8 (13b and 70b). Memory: training holds 16 bytes per
 gradients in float32: 108, 208 and 1,104 GB over all chips and without activations. Not trained by us.
 """
 
+from pathlib import Path
+
 import ml_collections
 
 from pit_jax import config as c
+from pit_jax.models import hf
 from pit_jax.models.presets import PRESETS
 
 
 def get_config(variant: str = "7b") -> ml_collections.ConfigDict:
-    """`variant`: 7b, 13b or 70b."""
-    if variant not in ("7b", "13b", "70b"):
-        raise ValueError(f"configs/srt_tulu2.py has no variant {variant!r}: use :7b, :13b or :70b")
+    """`variant`: 7b, 13b, 70b, or the folder of a converted checkpoint."""
+    name, base = f"srt_tulu2:{variant}", "set --config.base=CHECKPOINT"
+    if (Path(variant) / hf.DESCRIPTION).is_file():
+        name, base, model, mesh = "srt_tulu2", variant, hf.read_description(variant).config, 1
+    elif variant in ("7b", "13b", "70b"):
+        model = PRESETS[f"llama2_{variant}"]  # which Tulu 2 was trained from
+        mesh = {"7b": 4, "13b": 8, "70b": 8}[variant]
+    else:
+        raise ValueError(
+            f"configs/srt_tulu2.py has no variant {variant!r}, and no folder of that name is a converted checkpoint: "
+            "use :7b, :13b, :70b or :CHECKPOINT"
+        )
     decayed = lambda rate: c.OptimizerConfig(learning_rate=rate, schedule="cosine", warmup_fraction=0.1)  # noqa: E731
     config = c.SrtConfig(
-        name=f"srt_tulu2:{variant}",
-        mesh=c.MeshConfig(data=0, model={"7b": 4, "13b": 8, "70b": 8}[variant]),
+        name=name,
+        mesh=c.MeshConfig(data=0, model=mesh),
         data=c.DataConfig(
             source="file",
             path="set --config.data.path=FILE",
@@ -39,8 +51,8 @@ def get_config(variant: str = "7b") -> ml_collections.ConfigDict:
             response_window=2048,
             reflection_window=2048,
         ),
-        policy_model=PRESETS[f"llama2_{variant}"],  # which Tulu 2 was trained from
-        base="set --config.base=CHECKPOINT",
+        policy_model=model,
+        base=base,
         critic=c.CriticConfig(
             kind="server", base_url="https://api.openai.com/v1", model="set --config.critic.model=NAME"
         ),

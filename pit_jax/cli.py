@@ -1,6 +1,7 @@
 """What the commands share: where compiled programs are kept, and how a user's mistake ends."""
 
 import contextlib
+import difflib
 import os
 import signal
 import sys
@@ -52,6 +53,15 @@ def one_line_errors(stopped: str = "") -> Iterator[None]:
 
 def parse_flags(argv: list[str]) -> list[str]:
     """A misspelt flag, field or variant of a config ends in one line too, not in a traceback from inside a library."""
+    for argument in argv[1:]:
+        name, _, value = argument.partition("=")
+        path = Path(value.partition(":")[0])
+        if name in ("--config", "-config") and value and not path.is_file():
+            known = sorted(str(found) for found in path.parent.glob("*.py")) if path.parent.is_dir() else []
+            near = difflib.get_close_matches(str(path), known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f": use one of {', '.join(known)}" if known else ""
+            print(f"error: there is no config file {path}{hint}", file=sys.stderr)
+            sys.exit(2)
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:

@@ -34,7 +34,7 @@ from absl import app, flags, logging
 
 from pit_jax import checkpoint, cli, config as config_lib, sharding
 from pit_jax.config import LAYER_MATRICES, LoraConfig, ModelConfig
-from pit_jax.data import batches, hugging_face, tokenizer as tokenizer_lib
+from pit_jax.data import batches, hugging_face, templates, tokenizer as tokenizer_lib
 from pit_jax.data.tokenizer import IMPROVED, Tokenizer
 from pit_jax.files import read_json, sync_directory, write_json_atomic
 from pit_jax.models import hf, lora
@@ -245,9 +245,15 @@ def _of_run(source: Path) -> tuple[hf.Description, Tokenizer]:
     config = model.config
     if not config.num_tokens:  # the tables are rounded up
         config = dataclasses.replace(config, num_tokens=tokenizer.vocab_size)
-    if context.encoder.chat is not None:
-        tokenizer = copy.copy(tokenizer)
-        tokenizer.chat_template = context.encoder.chat.template
+    form = "" if context.encoder.chat is None else context.encoder.chat.template
+    if tokenizer.chat_template and not form:
+        print(
+            "warning: this run has not learnt the chat template of its tokenizer but the form "
+            f"{templates.load('policy', context.encoder.template_folder)!r}, so no chat template goes with it",
+            file=sys.stderr,
+        )
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = form
     kind, pad = "language_model", tokenizer.pad_id
     if isinstance(model, ScalarModel):
         kind, pad = "reward_model", _pad_of_scores(tokenizer)
@@ -299,7 +305,10 @@ def export_hf(
         if tokenizer is not None:
             tokenizer.save(partial)  # with the control symbols, whose rows the tables have
             if not description.family:  # it ends and pads rows as the run did, not as the model that it started from
-                _set(partial / hugging_face.GENERATION_FILE, eos_token_id=tokenizer.eos_id)
+                end = partial / hugging_face.GENERATION_FILE
+                if description.kind == "language_model" and not end.is_file():
+                    write_json_atomic(end, {})
+                _set(end, eos_token_id=tokenizer.eos_id)
                 if description.kept.get("pad_token_id", tokenizer.pad_id) != tokenizer.pad_id:
                     for name in (hugging_face.CONFIG_FILE, hugging_face.MAP_FILE):
                         _set(partial / name, pad_token=IMPROVED)

@@ -84,8 +84,10 @@ def facts_of(context: Context, record: dict[str, Any]) -> dict[str, Any]:
         "with_reflection": share([bool(row.reflection) for row in rows]),
         "with_requirements": share([bool(row.requirements) for row in rows]),
         "tokenizer": {
-            "kind": getattr(tokenizer, "kind", "sentencepiece"),
-            "from": config.tokenizer.path or getattr(config, "base", "") or "trained on the SFT fold",
+            "kind": {"HuggingFace": "tokenizer.json", "SentencePiece": "SentencePiece", "Bytes": "bytes"}.get(
+                type(tokenizer).__name__, type(tokenizer).__name__
+            ),
+            "from": config.tokenizer.path or common.starts_from(config)[1] or "trained on the SFT fold",
             "vocab_size": tokenizer.vocab_size,
             "bos_id": tokenizer.bos_id,
             "eos_id": tokenizer.eos_id,
@@ -102,7 +104,10 @@ def describe(facts: dict[str, Any]) -> list[str]:
     lines = [f"{facts['config']}: source {facts['source']}"]
     for part in facts["sources"]:
         lines.append(f"  {part['path']} ({part['format']}): {part['read']} rows read, {part['taken']} taken")
+        left = part["read"] - part["taken"] - sum(part["dropped"].values())
         lines.append(f"    dropped: {listed(part['dropped'])}")
+        if left:
+            lines.append(f"    left out by weight or num_rows: {left}")
     windows = ", ".join(f"{name} {n}" for name, n in facts["windows"].items())
     over = "; ".join(f"{split}: {listed(causes)}" for split, causes in facts["over_length"].items())
     lines.append(f"  over the windows ({windows}): {over or 'none'}")

@@ -167,8 +167,13 @@ def test_json_is_stable():
             "configs/srt_synthetic.py has no variant 'smok': use :smoke or none",
         ),
         ("--confg=x", "Unknown command line flag 'confg'. Did you mean: config ?"),
+        (
+            "--config=configs/pit_syntetic.py:smoke",
+            "there is no config file configs/pit_syntetic.py; did you mean configs/pit_synthetic.py?",
+        ),
+        ("--config=nowhere/pit.py", "there is no config file nowhere/pit.py"),
     ],
-    ids=["variant", "flag"],
+    ids=["variant", "flag", "file", "folder"],
 )
 def test_a_misspelt_flag_ends_in_one_line(tmp_path, flag, message):
     done = commands.run("-m", "pit_jax.train", flag, f"--workdir={tmp_path / 'run'}")

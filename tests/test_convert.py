@@ -300,6 +300,22 @@ def test_a_run_with_a_chat_template_says_how_it_ends_its_turns(kind, tmp_path):
     assert theirs.eos_token_id == end and theirs.chat_template == chat
 
 
+def test_a_run_without_a_chat_template_exports_none(tmp_path, capsys):
+    """That of the model that it started from is for turns that it has not learnt; it ends answers as its rows do."""
+
+    def write_data(data):
+        byte_level(data / "start", chat_template="{{ messages }}")
+        tokenizer_lib.load(data / "start").save(data / "tokenizer")
+        assert tokenizer_lib.load(data / "tokenizer").chat_template == "{{ messages }}"
+
+    root = make_run(tmp_path / "run", write_data, ["sft_policy"])
+    convert.export_hf(root / "models" / "sft_policy", tmp_path / "out")
+    assert "the form 'Human: {prompt}Assistant:'" in capsys.readouterr().err.replace("\\n", "")
+    back = tokenizer_lib.load(tmp_path / "out")
+    assert back.chat_template == "" and not (tmp_path / "out" / "chat_template.jinja").exists()
+    assert hf.read_json(tmp_path / "out" / "generation_config.json") == {"eos_token_id": back.eos_id}
+
+
 def test_nothing_half_written_is_left(theirs, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")

@@ -292,7 +292,13 @@ def test_the_command(tmp_path):
     assert stages == [s for s, n in (("pretrain", 2), ("sft_policy", 2), ("sft_pit", 2), ("r_p", 4), ("r_pit", 8))
                       for _ in range(n)]  # fmt: skip
     assert done.stdout.count("⟦<<EOS>>⟧") == 12 and "[r_pit: R_PIT, r(x, y_l, y_w)] row 1, " in done.stdout
-    assert f"  {two} (columns): 20 rows read, 10 taken\n" in done.stdout
+    assert f"  {two} (columns): 20 rows read, 10 taken\n    dropped: 10 duplicate_row\n" in done.stdout
+    assert "left out" not in done.stdout
+    fewer = facts | {"sources": [facts["sources"][1] | {"read": 25}]}
+    assert "    left out by weight or num_rows: 5" in inspect_data.describe(fewer)
+    assert (
+        f"  tokenizer: SentencePiece, {facts['tokenizer']['vocab_size']} ids, trained on the SFT fold\n" in done.stdout
+    )
 
 
 def test_a_mistake_ends_in_one_line():

@@ -49,6 +49,16 @@ def converted(model_folder, tmp_path_factory):
     return output
 
 
+def test_srt_takes_the_sizes_of_a_converted_model(converted):
+    made = runpy.run_path("configs/srt_tulu2.py")["get_config"](str(converted))
+    config = c.from_config_dict(c.SrtConfig, made)
+    assert (config.base, config.mesh.model) == (str(converted), 1)
+    assert common.of_checkpoint(config) == config
+    other = dataclasses.replace(config, policy_model=dataclasses.replace(config.policy_model, num_layers=3))
+    with pytest.raises(ValueError, match=f"num_layers is 3, but must be 2.*configs/srt_tulu2.py:{converted}"):
+        common.of_checkpoint(other)
+
+
 def config_for(converted: Path, data: Path) -> c.PitConfig:
     made = runpy.run_path("configs/pit_smollm.py")["get_config"](str(converted))
     config = c.from_config_dict(c.PitConfig, made)

@@ -195,8 +195,13 @@ class HuggingFace:
     def save(self, folder: str | Path) -> None:
         content = json.dumps(self._table, ensure_ascii=False, indent=1).encode("utf-8", "surrogatepass")
         found = self._beside | {FILE: content}
+        found.pop(CHAT_FILE, None)
         if self.chat_template:
             found[CHAT_FILE] = self.chat_template.encode("utf-8")
+        elif CONFIG_FILE in found:
+            config = json.loads(found[CONFIG_FILE])
+            config.pop("chat_template", None)
+            found[CONFIG_FILE] = files.dumps(config)
         if self.eos_id != self._eos_of_files:
             end = {"eos_token": self._whole.id_to_token(self.eos_id)}
             for file in (CONFIG_FILE, MAP_FILE):

@@ -487,9 +487,10 @@ def of_checkpoint(config: Any) -> Any:
             if key not in FREE_SIZES and value != theirs[key]
         ]
         if lines:
+            file = "srt_tulu2" if field == "base" else "pit_smollm"
             raise ValueError(
                 f"config.{field}={path} is a model of other sizes: {'; '.join(lines)}. "
-                f"--config=configs/pit_smollm.py:{path} takes the sizes of any converted model"
+                f"--config=configs/{file}.py:{path} takes the sizes of any converted model"
             )
         changed[name] = dataclasses.replace(
             ours, vocab_size=found.config.vocab_size, num_tokens=found.config.num_tokens
