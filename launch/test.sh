@@ -1,18 +1,23 @@
 #!/usr/bin/env bash
-# Runs ruff and the tests: bash launch/test.sh [--parity] [arguments of pytest]
+# Runs ruff and the tests: bash launch/test.sh [--parity] [--slow] [arguments of pytest]
 #
 # Installs into .venv at the first start; with --parity also torch and transformers, without which the tests that need
-# them are skipped. Without arguments of pytest two processes share the files of tests.
+# them are skipped; with --slow also the tests that are marked slow. Without arguments of pytest two processes share
+# the files of tests.
 # Paths in arguments count from the repository root.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 use_test_environment
-extra=test
-if [ "${1:-}" = --parity ]; then
-  extra=test,parity
+extra=test slow=
+while true; do
+  case "${1:-}" in
+    --parity) extra=test,parity ;;
+    --slow) slow=1 ;;
+    *) break ;;
+  esac
   shift
-fi
+done
 install "$extra"
 [ $# -gt 0 ] || set -- --numprocesses 2 --dist loadfile
 cd "$ROOT"
@@ -21,5 +26,5 @@ status=0
   status=$?
   echo "ruff found faults (above): this run fails, whatever the tests say."
 }
-"$VENV/bin/python" -m pytest -q "$@" || status=$?
+"$VENV/bin/python" -m pytest -q ${slow:+--slow} "$@" || status=$?
 exit "$status"

@@ -46,7 +46,7 @@ def main(data: int, model: int, dtype: str, remat: str, chunk_size: int) -> dict
         name: optimizers.make_optimizer(
             OptimizerConfig(name, schedule="cosine", warmup_fraction=0.1, weight_decay=0.1), 10
         )
-        for name in ("adamw", "muon")
+        for name in (("adamw", "muon") if model > 1 else ("adamw",))
     }
     adamw = made["adamw"]
 

@@ -18,6 +18,17 @@ import pytest
 from pit_jax import sharding
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="Also run the tests that are marked slow.")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: bash launch/test.sh --parity --slow runs it"))
+
+
 @pytest.fixture(scope="module")
 def one_device():
     """An explicit 1 x 1 mesh, set for a module."""

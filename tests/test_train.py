@@ -109,7 +109,7 @@ def test_a_second_start_says_that_all_is_done(finished, cache):
     assert (workdir / "tables.txt").read_text() in result.stdout and contents(workdir) == before
 
 
-@pytest.mark.parametrize("point", ["rollout", "update", "rounds", "save"])
+@pytest.mark.parametrize("point", ["rollout", "update", "save", pytest.param("rounds", marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_bitwise(point, finished, until_rl, cache, tmp_path):
     workdir = tmp_path / "smoke"
     shutil.copytree(until_rl, workdir)
