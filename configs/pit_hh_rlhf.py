@@ -30,12 +30,12 @@ def get_config(variant: str = "small") -> ml_collections.ConfigDict:
     ppo = c.PPOConfig(
         policy_optimizer=adam(1e-4, warmup_fraction=0.1),
         value_optimizer=adam(3e-4),
-        num_iterations=8,
+        num_iterations=4,
         rollout_size=32,
         num_epochs=1,
         num_minibatches=2,
-        eval_every=4,
-        save_every=4,
+        eval_every=2,
+        save_every=2,
     )
     config = c.PitConfig(
         name="pit_hh_rlhf:small",
