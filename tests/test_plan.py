@@ -11,7 +11,7 @@ import pytest
 from commands import run
 from test_transformer import config_files
 
-from pit_jax import config as config_lib, cost, optimizers, plan, programs, sharding, train_state
+from pit_jax import config as config_lib, cost, optimizers, planner, programs, sharding, train_state
 from pit_jax.config import LoraConfig, ModelConfig, OptimizerConfig
 from pit_jax.models.transformer import Transformer
 from pit_jax.pipelines import common
@@ -30,12 +30,12 @@ TINY = ModelConfig(vocab_size=64, num_layers=2, d_model=16, num_heads=4, num_kv_
     ],
 )
 def test_names_of_slices(text, kind, axes):
-    assert plan.slice_name(text) == (kind, axes)
+    assert planner.slice_name(text) == (kind, axes)
 
 
 def test_a_slice_of_n_tensorcores_has_half_as_many_chips():
-    for size in plan.SLICES:
-        assert 2 * math.prod(plan.slice_name(f"v4-{size}")[1]) == size
+    for size in planner.SLICES:
+        assert 2 * math.prod(planner.slice_name(f"v4-{size}")[1]) == size
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_a_slice_of_n_tensorcores_has_half_as_many_chips():
 )
 def test_slices_that_there_are_not(text, message):
     with pytest.raises(ValueError, match=message):
-        plan.slice_name(text)
+        planner.slice_name(text)
 
 
 def test_operations_of_a_decoder_by_hand():
@@ -83,7 +83,7 @@ def test_bytes_on_one_device():
     mesh = sharding.make_mesh(4, 2, devices=jax.devices()[:8])
     for spec, numbers in ((jax.P("data", "model"), 6), (jax.P("data", None), 12), (jax.P(None, None), 48)):
         x = jax.ShapeDtypeStruct((8, 6), jnp.float32, sharding=jax.NamedSharding(mesh, spec))
-        assert plan.bytes_per_device({"x": x}) == 4 * numbers
+        assert planner.bytes_per_device({"x": x}) == 4 * numbers
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -97,7 +97,7 @@ def test_what_a_step_holds(one_device, rank):
     number = sum(x.size for x in jax.tree.leaves(common.shapes(model)))
     adapters = 2 * (16 * rank + rank * 16)
     key = maker.array(dtype=jax.eval_shape(lambda: jax.random.key(0)).dtype)
-    found = plan.held((state, maker.params(model), maker.array(4, 6), key))
+    found = planner.held((state, maker.params(model), maker.array(4, 6), key))
     scales = 2 if rank else 0  # of each layer
     assert found["parameters"] == 4 * (2 * number + adapters + scales)
     assert found["optimizer"] == pytest.approx(4 * 2 * (adapters if rank else number), abs=64)  # and counters
@@ -106,15 +106,15 @@ def test_what_a_step_holds(one_device, rank):
 
 def test_what_the_compiler_says_of_a_program_that_does_not_fit():
     text = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 41.25G of 30.75G hbm. Exceeded by 10.5G."
-    assert plan.needed(RuntimeError(text)) == (41.25, "Used 41.25G of 30.75G hbm")
+    assert planner.needed(RuntimeError(text)) == (41.25, "Used 41.25G of 30.75G hbm")
 
 
 def test_seconds_of_a_collective():
     """2 GB go round 16 chips of 4 x 4 x 1: 15/16 of it over two axes with two links each."""
     gather = cost.Collective("all-gather", 2_000_000_000, 1, 16)
-    assert plan.collective_seconds(gather, plan.CHIPS["v4"], (4, 4, 1)) == pytest.approx(1.875e9 / (4 * 45e9))
+    assert planner.collective_seconds(gather, planner.CHIPS["v4"], (4, 4, 1)) == pytest.approx(1.875e9 / (4 * 45e9))
     small = dataclasses.replace(gather, group=4)
-    assert plan.collective_seconds(small, plan.CHIPS["v4"], (4, 4, 1)) == pytest.approx(1.5e9 / (2 * 45e9))
+    assert planner.collective_seconds(small, planner.CHIPS["v4"], (4, 4, 1)) == pytest.approx(1.5e9 / (2 * 45e9))
 
 
 CONFIGS = dict(config_files())
@@ -174,4 +174,4 @@ def test_a_plan_of_this_machine(tmp_path):
 def test_what_cannot_be_planned(topology, stages, model, message):
     config = dataclasses.replace(CONFIGS["pit_synthetic:smoke"], mesh=config_lib.MeshConfig(model=model))
     with pytest.raises(ValueError, match=re.escape(message)):
-        plan.plan(config, topology, stages)
+        planner.plan(config, topology, stages)
