@@ -25,7 +25,8 @@ class Interrupted(Exception):
 def deferred() -> Iterator[Callable[[], int]]:
     """Within it the first SIGTERM or Ctrl-C is only noticed; a second one acts as it would outside.
 
-    Outside of the main thread, where Python takes no signals, nothing changes.
+    A signal that is ignored stays so, as Ctrl-C is in what a shell has started with `&`. Outside of the main thread,
+    where Python takes no signals, nothing changes.
 
     Yields:
       asked() -> number of the signal that came, or 0.
@@ -42,8 +43,10 @@ def deferred() -> Iterator[Callable[[], int]]:
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.getsignal(number) or signal.SIG_DFL  # None: a handler that is not Python's
-            signal.signal(number, notice)
+            handler = signal.getsignal(number) or signal.SIG_DFL  # None: a handler that is not Python's
+            if handler is not signal.SIG_IGN:
+                before[number] = handler
+                signal.signal(number, notice)
     try:
         yield lambda: came
     finally:

@@ -14,6 +14,14 @@ from pit_jax.metrics import MetricsWriter
 pytestmark = pytest.mark.usefixtures("one_device")
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """As at a terminal: a shell's background processes, which tests may be, ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def train(root, signals=None, evaluated=None):
     """Seven steps of x -> 1.1 x + step; `signals` says which come in which step."""
     root.mkdir(exist_ok=True)
@@ -57,6 +65,11 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, {1: [signal.SIGINT, signal.SIGINT]})
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_what_is_ignored_stays_so(tmp_path):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assert train(tmp_path, {1: [signal.SIGINT]})["x"].shape == (3,)
 
 
 def test_other_threads_are_left_alone(tmp_path):
