@@ -13,7 +13,7 @@ from typing import NamedTuple
 # Operations
 
 
-def matmul_flops(jaxpr, num_devices_of: dict[str, int] | None = None, while_trips: int = 1) -> float:
+def matmul_flops(jaxpr, while_trips: int = 1) -> float:
     """Operations of a program's matrix products on one device: 2 B M N K for [B, M, K] x [B, K, N].
 
     What is done again for the gradient (remat) counts again. A product is divided by the sizes of all mesh axes along
@@ -21,16 +21,15 @@ def matmul_flops(jaxpr, num_devices_of: dict[str, int] | None = None, while_trip
 
     Args:
       jaxpr: `jax.make_jaxpr(f)(...)`, or a traced jit's `.jaxpr`, on the explicit mesh that it is for.
-      num_devices_of: sizes of the mesh's axes; None: those of the mesh in the types of the arrays.
       while_trips: how often the body of a loop runs whose end depends on data (tokens that are sampled).
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    inner = lambda j: matmul_flops(j, num_devices_of, while_trips)  # noqa: E731
+    inner = lambda j: matmul_flops(j, while_trips)  # noqa: E731
     total = 0.0
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
         if name == "dot_general":
-            total += _dot_flops(eqn) / _num_shards(eqn.invars, num_devices_of)
+            total += _dot_flops(eqn) / _num_shards(eqn.invars)
         elif name == "scan":
             total += params["length"] * inner(params["jaxpr"])
         elif name == "while":
@@ -55,15 +54,14 @@ def _dot_flops(eqn) -> float:
     return 2.0 * math.prod(out.shape) * math.prod(left.shape[i] for i in contracted)
 
 
-def _num_shards(operands, num_devices_of: dict[str, int] | None) -> int:
-    axes, sizes = set(), dict(num_devices_of or {})
+def _num_shards(operands) -> int:
+    sizes: dict[str, int] = {}
     for operand in operands:
         sharding = getattr(operand.aval, "sharding", None)
         for entry in () if sharding is None else sharding.spec:
-            axes |= set(entry if isinstance(entry, tuple) else (entry,)) - {None}
-        if num_devices_of is None and sharding is not None:
-            sizes |= dict(sharding.mesh.shape)
-    return math.prod(sizes[axis] for axis in axes)
+            axes = entry if isinstance(entry, tuple) else (entry,)
+            sizes |= {axis: sharding.mesh.shape[axis] for axis in axes if axis is not None}
+    return math.prod(sizes.values())
 
 
 # Compiled HLO
@@ -215,7 +213,8 @@ def traffic(text: str, while_trips: int = 1) -> Traffic:
     """Main memory and interconnect, read off `compiled.as_text()`.
 
     Every operation reads its operands and writes its result once, but for what the compiler keeps on the chip. Of an
-    operand that a fusion only slices, the slices count; of a result that is an update in place, the update.
+    operand that a fusion only slices, the slices count; of a result that is an update in place, the update. Of branches
+    all count.
 
     Args:
       text: of the compiled program.
@@ -232,18 +231,12 @@ def traffic(text: str, while_trips: int = 1) -> Traffic:
             if op.kind == "while":
                 visit(_called(op, "body"), times * trip_count(op, computations, while_trips))
             elif op.kind == "conditional":
-                branches = re.search(r"branch_computations=\{([^}]*)\}", op.attributes)
-                names = (
-                    branches[1]
-                    if branches
-                    else f"{_called(op, 'true_computation')}, {_called(op, 'false_computation')}"
-                )
-                for branch in re.findall(r"[\w.\-]+", names):
-                    visit(branch, times)
+                for names in re.findall(r"(?:branch|true|false)_computations?=(\{[^}]*\}|[%\w.\-]+)", op.attributes):
+                    for branch in re.findall(r"[\w.\-]+", names):
+                        visit(branch, times)
             elif op.kind in ("call", "async-start"):
                 visit(_called(op, "to_apply") or _called(op, "calls"), times)
-            for exchange in _exchanges(op, types, computations):
-                kind, size, group = exchange
+            for kind, size, group in _exchanges(op, types, computations):
                 if group > 1:
                     entry_of = found.setdefault((kind, group), [0, 0])
                     entry_of[0] += times * size

@@ -54,7 +54,7 @@ SLICES = {
 
 
 def slice_name(text: str) -> tuple[str, tuple[int, ...]]:
-    """ "v4:4x4x4" or "v4-128" -> ("v4", (4, 4, 4)).
+    """Kind and chips along each axis: ("v4", (4, 4, 4)) for "v4:4x4x4" and for "v4-128".
 
     Raises:
       ValueError: for others.

@@ -5,7 +5,6 @@ every batch is as long as the config's windows allow.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -199,15 +198,17 @@ class _Maker:
             self.array(B, 2, dtype=jnp.float32),
         )  # fmt: skip
         flops = tree_flops(sizes, B, self.policy_prompt, self.answer, depth=1, num_targets=R)
-        read = jax.jit(functools.partial(_first_of, dpo.pair_log_probs, model, settings.chunk_size))
+        read = dpo.jitted_log_probs(model, settings.chunk_size)
         return [
-            Program(f"{stage}: log-probs", read, (self.params(model), batch), flops, B * T),
+            Program(
+                f"{stage}: log-probs",
+                dpo.jitted_log_probs(model, settings.chunk_size),
+                (self.params(model), batch),
+                flops,
+                B * T,
+            ),
             Program(stage, step, (self.state(model, optimizer), batch), 3 * flops, B * T),
         ]
-
-
-def _first_of(read, model, chunk_size, params, batch):
-    return read(model, params, batch, chunk_size=chunk_size)[0]
 
 
 def _optimizer(config: OptimizerConfig) -> optax.GradientTransformation:

@@ -242,7 +242,7 @@ def test_attention_in_blocks_is_attention(sliding_window):
     assert square == [True, False]  # scores of all with all
     (whole, whole_grads), (blocks, block_grads) = results
     np.testing.assert_allclose(blocks, whole, rtol=1e-5, atol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), block_grads, whole_grads)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), block_grads, whole_grads)
 
 
 def test_target_positions_alone_give_the_same_loss():

@@ -45,7 +45,8 @@ def pair_log_probs(model: Transformer, params: Params, batch: PairBatch, *, chun
 
 
 @functools.cache
-def _jitted_log_probs(model: Transformer, chunk_size: int):
+def jitted_log_probs(model: Transformer, chunk_size: int):
+    """(parameters, pairs) -> log-probs [B, 2], compiled."""
     return jax.jit(lambda params, batch: pair_log_probs(model, params, batch, chunk_size=chunk_size)[0])
 
 
@@ -64,7 +65,7 @@ def reference_log_probs(
         rows = order[start : start + batch_size]
         length = int(padded[rows].max())
         batch = pairs.take_pairs(data, np.resize(rows, batch_size), length, num_targets[length])
-        out[rows] = np.asarray(_jitted_log_probs(model, chunk_size)(params, sharding.shard_batch(batch)))[: len(rows)]
+        out[rows] = np.asarray(jitted_log_probs(model, chunk_size)(params, sharding.shard_batch(batch)))[: len(rows)]
     return out
 
 
