@@ -200,13 +200,7 @@ class _Maker:
         flops = tree_flops(sizes, B, self.policy_prompt, self.answer, depth=1, num_targets=R)
         read = dpo.jitted_log_probs(model, settings.chunk_size)
         return [
-            Program(
-                f"{stage}: log-probs",
-                dpo.jitted_log_probs(model, settings.chunk_size),
-                (self.params(model), batch),
-                flops,
-                B * T,
-            ),
+            Program(f"{stage}: log-probs", read, (self.params(model), batch), flops, B * T),
             Program(stage, step, (self.state(model, optimizer), batch), 3 * flops, B * T),
         ]
 
