@@ -11,22 +11,29 @@ classes of the states that were saved. The manifest is compared with what the ca
 Everything is read and written by Orbax and as JSON; nothing is pickled.
 """
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import shutil
+import threading
 import warnings
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
-from jax.experimental import multihost_utils
 
-from pit_jax import files
+from pit_jax import files, processes
 
 MANIFEST = "manifest.json"
 ARRAYS = "arrays"
+
+
+class SaveError(OSError):
+    """A checkpoint that could not be written."""
 
 
 class DamagedError(ValueError):
@@ -37,7 +44,7 @@ def save(directory: Path, step: int, tree, *, keep: int | None = None) -> None:
     """Writes `directory`/`step`; returns when it is on disk.
 
     The folder gets its name by a rename, after all is written. An earlier checkpoint of the same step is replaced.
-    On several hosts all of them call this.
+    With many processes all of them call this.
 
     Args:
       directory: the folder of the checkpoints of one run; made where it does not exist.
@@ -47,33 +54,112 @@ def save(directory: Path, step: int, tree, *, keep: int | None = None) -> None:
 
     Raises:
       ValueError: for a leaf that is not a plain array, and where `keep` < 1.
+      SaveError: where it cannot be written; earlier checkpoints stay.
     """
-    if keep is not None and keep < 1:
-        raise ValueError(f"keep={keep}: at least the checkpoint that was just written has to stay; None keeps all.")
-    if step < 0:
-        raise ValueError(f"step={step}: checkpoints are named by a number of steps >= 0.")
-    directory = Path(directory).absolute()
-    leaves = {path: _storable(path, x) for path, x in _flatten(tree).items()}
-    partial, final, old = (directory / f"{step}{suffix}" for suffix in (".partial", "", ".old"))
-    if jax.process_index() == 0:
-        _clean(directory)
-        partial.mkdir(parents=True)
-    with _context():
-        ocp.save(partial / ARRAYS, leaves)
-    if jax.process_index() == 0:
-        manifest = {path: dataclasses.asdict(_describe(x)) for path, x in leaves.items()}
-        files.write_json_atomic(partial / MANIFEST, manifest)
-        if final.exists():
-            final.rename(old)
-        partial.rename(final)
-        files.sync_directory(directory)
-        _remove(old)
-        if keep is not None:
-            for earlier in [s for s in all_steps(directory) if s <= step][:-keep]:
-                # A folder that is half deleted must not look like a checkpoint.
-                _remove((directory / f"{earlier}").rename(directory / f"{earlier}.deleted"))
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"saved {final}")
+    with Saver(directory, keep=keep) as saver:
+        saver.save(step, tree)
+
+
+class Saver:
+    """Writes checkpoints beside the training, one at a time: a context manager, at whose end all are on disk."""
+
+    def __init__(self, directory: Path, *, keep: int | None = None):
+        """`directory` and `keep` as in `save`."""
+        if keep is not None and keep < 1:
+            raise ValueError(f"keep={keep}: at least the checkpoint that was just written has to stay; None keeps all.")
+        self._directory, self._keep = Path(directory).absolute(), keep
+        self._pending: concurrent.futures.Future | None = None
+
+    def save(self, step: int, tree) -> None:
+        """Begins to write `step`, when the one before is written; returns when the arrays may be changed or donated.
+
+        Raises:
+          ValueError, SaveError: as `save`, also for the checkpoint before.
+        """
+        if step < 0:
+            raise ValueError(f"step={step}: checkpoints are named by a number of steps >= 0.")
+        leaves = {path: _storable(path, x) for path, x in _flatten(tree).items()}
+        self.wait()
+        partial = self._directory / f"{step}.partial"
+        with self._explained(step):
+            if processes.is_first():
+                _clean(self._directory)
+                partial.mkdir(parents=True)
+            processes.wait(f"saving {partial}")
+            with _context():
+                response = ocp.save_async(partial / ARRAYS, leaves)
+        manifest = {path: _plain(_describe(x)) for path, x in leaves.items()}
+        self._pending = _start(lambda: self._finish(step, response, manifest))
+
+    def wait(self) -> None:
+        """Returns when what was begun is on disk.
+
+        Raises:
+          SaveError: where it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+            processes.wait(f"saved in {self._directory}")
+
+    def _finish(self, step: int, response, manifest: dict) -> None:
+        partial, final, old = (self._directory / f"{step}{suffix}" for suffix in (".partial", "", ".old"))
+        with self._explained(step):
+            response.result()
+            if not processes.is_first():
+                return
+            files.write_json_atomic(partial / MANIFEST, manifest)
+            if final.exists():
+                final.rename(old)
+            partial.rename(final)
+            files.sync_directory(self._directory)
+            _remove(old)
+            if self._keep is not None:
+                for earlier in [s for s in all_steps(self._directory) if s <= step][: -self._keep]:
+                    # A folder that is half deleted must not look like a checkpoint.
+                    path = self._directory / f"{earlier}"
+                    _remove(path.rename(self._directory / f"{earlier}.deleted"))
+
+    @contextlib.contextmanager
+    def _explained(self, step: int) -> Iterator[None]:
+        """Whatever the file system or Orbax raises becomes a SaveError; the space of what was begun is given back."""
+        try:
+            yield
+        except jax.errors.JaxRuntimeError:
+            raise  # of a device
+        except Exception as error:
+            shutil.rmtree(self._directory / f"{step}.partial", ignore_errors=True)
+            last = latest_step(self._directory)
+            kept = "there is none before it" if last is None else f"that of step {last} is kept"
+            reason = str(error).strip().splitlines()
+            raise SaveError(
+                f"the checkpoint of step {step} could not be written to {self._directory} ({type(error).__name__}: "
+                f"{reason[0] if reason else error!r}); {kept}. Is the disk "
+                "full, or a quota reached? Make room, and go on"
+            ) from error
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if kind is None:
+            self.wait()
+        elif self._pending is not None:  # another error is on its way
+            concurrent.futures.wait([self._pending])
+
+
+def _start(function: Callable[[], None]) -> concurrent.futures.Future:
+    """Runs a function in a thread of its own."""
+    future: concurrent.futures.Future = concurrent.futures.Future()
+
+    def run():
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="checkpoint").start()
+    return future
 
 
 def all_steps(directory: Path) -> list[int]:
@@ -125,7 +211,7 @@ def restore(directory: Path, step: int, like, *, at: str = ""):
         raise  # such as a device that is out of memory
     except Exception as error:
         raise DamagedError(f"checkpoint {folder} is damaged: {type(error).__name__}: {error}") from error
-    changed = [path for path, x in arrays.items() if manifest[path].crc32 not in (None, _crc32(x))]
+    changed = [path for path, x in arrays.items() if _has_changed(x, manifest[path])]
     if changed:
         raise DamagedError(f"checkpoint {folder} is damaged: the bytes of these leaves have changed: {_lines(changed)}")
     leaves = [_like(arrays[path], x) for path, x in wanted.items()]
@@ -165,7 +251,13 @@ class _Leaf:
     shape: list[int]
     dtype: str
     crc32: int | None
-    """None for an array of which no single host holds all."""
+    """None for an array of which no single host holds all, and in checkpoints that have `sum32` instead."""
+    sum32: int | None = None
+    """Of an array that lies on several hosts: `_sum32`."""
+
+
+def _plain(leaf: _Leaf) -> dict:
+    return {name: value for name, value in dataclasses.asdict(leaf).items() if name != "sum32" or value is not None}
 
 
 def _context() -> ocp.Context:
@@ -195,13 +287,41 @@ def _storable(path: str, x) -> jax.Array | np.ndarray:
 
 
 def _describe(x) -> _Leaf:
-    return _Leaf(list(np.shape(x)), np.dtype(x.dtype).name, _crc32(x))
+    here = _is_here(x)
+    return _Leaf(list(np.shape(x)), np.dtype(x.dtype).name, *((_crc32(x), None) if here else (None, _sum32(x))))
 
 
-def _crc32(x) -> int | None:
-    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
-        return None
+def _is_here(x) -> bool:
+    """Whether this host holds all of an array."""
+    return not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
+
+
+def _crc32(x) -> int:
     return zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
+
+
+@jax.jit
+def _sum_of_bits(x: jax.Array) -> jax.Array:
+    size = x.dtype.itemsize
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * size}")).astype(jnp.uint32)
+    place = jnp.uint32(0)
+    for axis, length in enumerate(x.shape):
+        place = place * jnp.uint32(length) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+
+
+def _sum32(x) -> int:
+    """Sum of (2 i + 1) times the bits of entry i, modulo 2^32: alike on every mesh, as integers are added exactly."""
+    return int(_sum_of_bits(x))
+
+
+def _has_changed(x, leaf: "_Leaf") -> bool:
+    """Whether the bytes are not those that were saved; what another number of hosts has saved is read with its sum."""
+    if leaf.sum32 is not None:
+        return _sum32(x) != leaf.sum32
+    return leaf.crc32 is not None and _is_here(x) and _crc32(x) != leaf.crc32
 
 
 def _compare(folder: Path, stored: dict[str, _Leaf], wanted: dict) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from pit_jax import interrupts
+from pit_jax import interrupts, processes
 from pit_jax.data.sources import DataError
 from pit_jax.learners.loop import NonFiniteError
 
@@ -41,8 +41,19 @@ def one_line_errors(stopped: str = "") -> Iterator[None]:
     except MISTAKES as error:
         if flags.FLAGS["v"].value > 0:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        which = "" if processes.is_first() else f" in process {jax.process_index()}"
+        print(f"error{which}: {error}", file=sys.stderr)
         sys.exit(2)
+    except jax.errors.JaxRuntimeError as error:
+        if not processes.are_several():
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        print(
+            f"error in process {jax.process_index()}: {reason}\nIf another process has ended, look at what it printed. "
+            f"{stopped[:1].upper()}{stopped[1:]}",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        os._exit(2)  # the usual way out waits for the others
     except interrupts.Interrupted as error:
         print(f"{error}{stopped and '; '}{stopped}", file=sys.stderr)
         sys.exit(interrupts.RESTART if error.number == signal.SIGTERM else 130)

@@ -350,6 +350,7 @@ class PitConfig:
     name: str = "pit"
     seed: int = 0
     mesh: MeshConfig = MeshConfig()
+    profile: int = 0  # steps of each stage of which a trace is written; 0: none
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     policy_model: ModelConfig = ModelConfig()
@@ -371,6 +372,7 @@ class PitConfig:
     evaluation: EvaluationConfig = EvaluationConfig()
 
     def __post_init__(self):
+        _check(self.profile >= 0, f"profile={self.profile}: a number of steps, not below 0")
         for source in self.curriculum:
             _check(
                 source in ("data", "policy", "pit", "policy_checkpoint", "srt"),
@@ -499,6 +501,7 @@ class SrtConfig:
     name: str = "srt"
     seed: int = 0
     mesh: MeshConfig = MeshConfig()
+    profile: int = 0  # steps of each stage of which a trace is written; 0: none
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     policy_model: ModelConfig = ModelConfig()
@@ -521,6 +524,7 @@ class SrtConfig:
     evaluation: SrtEvaluationConfig = SrtEvaluationConfig()
 
     def __post_init__(self):
+        _check(self.profile >= 0, f"profile={self.profile}: a number of steps, not below 0")
         parts = SrtConfig.__dataclass_fields__["learn"].default
         for part in self.learn:
             _check(part in parts, f"learn names {part!r}: use {', '.join(parts)}")

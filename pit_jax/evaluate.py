@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 from absl import app, flags, logging
 
-from pit_jax import cli, client, sharding
+from pit_jax import cli, client, processes, sharding
 from pit_jax.config import PitConfig, SrtConfig
 from pit_jax.evaluation import benchmark_files, judges, llm_judge, pit, run, srt
 from pit_jax.evaluation.run import MoreJudges, Options, System
@@ -139,9 +139,10 @@ def main(argv: list[str]) -> None:
     if _BENCHMARK.value or not _WORKDIR.value:
         return score_benchmark()
     workdir = Path(_WORKDIR.value)
-    cli.keep_programs(workdir)
     with cli.one_line_errors("the same command goes on with what is in evaluation/"):
-        context = common.open_workdir(workdir, train_command(workdir))
+        processes.start()
+        cli.keep_programs(workdir)
+        context = common.open_workdir(workdir, train_command(workdir), writes=True)
         system = SYSTEMS[type(context.config)]
         options = options_of_flags(system)
         options.check(system)
@@ -150,12 +151,13 @@ def main(argv: list[str]) -> None:
         common.require(context, system.needs(context.config))
         with jax.set_mesh(sharding.make_mesh(context.config.mesh.data, context.config.mesh.model)):
             common.load_data(context, ("rm", "selection", "test"))
-            run.add_verdicts(workdir, _VERDICTS.value)
+            run.add_verdicts(context.workdir.root, _VERDICTS.value)
             evaluation = run.Evaluation(system, context, options, judges_of_flags(system, context))
             run.write(evaluation, " ".join(["python -m pit_jax.evaluate", *sys.argv[1:]]))
             if _SHEET.value:
                 print(f"A sheet for annotators: {run.write_sheet(evaluation, _SHEET.value, _SHEET_SIZE.value)}")
-    print((workdir / "tables.txt").read_text(encoding="utf-8"))
+        printed = (context.workdir.root / "tables.txt").read_text(encoding="utf-8")
+    print(printed)
     print(f"Everything is in {workdir}: report/index.html, results.json, tables/, evaluation/, samples/test.jsonl.")
 
 

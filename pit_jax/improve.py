@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 from absl import app, flags, logging
 
-from pit_jax import cli, sharding
+from pit_jax import cli, processes, sharding
 from pit_jax.evaluation import pit as evaluation
 from pit_jax.pipelines import common, improve, improve_file, pit
 from pit_jax.pipelines.common import Context
@@ -92,11 +92,14 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
     workdir = Path(_WORKDIR.value)
-    cli.keep_programs(workdir)
     goes_on = "" if _INTERACTIVE.value else f"the same command goes on from {_OUTPUT.value}.partial"
     with cli.one_line_errors(goes_on):
         if _INTERACTIVE.value == bool(_INPUT.value or _OUTPUT.value) or bool(_INPUT.value) != bool(_OUTPUT.value):
             raise ValueError("name --input=FILE and --output=FILE, or --interactive")
+        processes.start()
+        cli.keep_programs(workdir)
+        if _INTERACTIVE.value and processes.are_several():
+            raise ValueError("--interactive is for one process: use --input and --output")
         context, method = improve.open_finished(workdir, _METHOD.value or "")
         with jax.set_mesh(sharding.make_mesh(context.config.mesh.data, context.config.mesh.model)):
             size = 1 if _INTERACTIVE.value else _BATCH_SIZE.value

@@ -1,12 +1,21 @@
 """SIGTERM, which a machine gets before it is taken away, and Ctrl-C: the step that runs is finished and saved."""
 
 import contextlib
+import itertools
 import signal
 import threading
 from collections.abc import Callable, Iterator
 
+from jax.experimental import multihost_utils
+
+from pit_jax import processes
+
 RESTART = 75
 """Exit status after SIGTERM (EX_TEMPFAIL of sysexits.h): the same command goes on, so a launcher may start it again."""
+
+
+_asked = itertools.count()
+"""Of this process; all ask equally often, and JAX has them agree on a number."""
 
 
 class Interrupted(Exception):
@@ -28,9 +37,15 @@ def deferred() -> Iterator[Callable[[], int]]:
     A signal that is ignored stays so, as Ctrl-C is in what a shell has started with `&`. Outside of the main thread,
     where Python takes no signals, nothing changes.
 
+    With many processes SIGTERM to one of them stops all after the same step, on which they agree; Ctrl-C acts as
+    it would outside.
+
     Yields:
       asked() -> number of the signal that came, or 0.
     """
+    if processes.are_several():
+        yield lambda: signal.SIGTERM if multihost_utils.reached_preemption_sync_point(next(_asked)) else 0
+        return
     came = 0
     before = {}
 

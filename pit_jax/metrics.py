@@ -48,18 +48,16 @@ class MetricsWriter:
 
     A line of metrics.jsonl is {"stage", "step", "time", metric: value, ...}, with null for NaN and infinity, and the
     time in seconds since 1970. The operating system has each line when `write` returns, so that a killed process loses
-    none; a line that was cut short is dropped by the next writer. On several hosts the first one writes.
+    none; a line that was cut short is dropped by the next writer.
     """
 
     def __init__(self, directory: Path | str):
-        self._directory = Path(directory)
-        self._path = self._directory / "metrics.jsonl"
+        self.directory = Path(directory)
+        self._path = self.directory / "metrics.jsonl"
         self._boards: dict[str, tensorboardX.SummaryWriter] = {}
         self._purge: dict[str, int] = {}
         self._file: TextIO | None = None
-        self._active = jax.process_index() == 0
-        if self._active:
-            self._keep(lambda line: True)
+        self._keep(lambda line: True)
 
     def write(self, stage: str, step: int, values: dict[str, float]) -> None:
         """Writes one line.
@@ -77,8 +75,6 @@ class MetricsWriter:
             raise ValueError(
                 f"stage {stage}: {taken} cannot be names of metrics: metrics.jsonl uses them; rename them."
             )
-        if not self._active:
-            return
         numbers = {name: float(value) for name, value in values.items()}
         line = {"stage": stage, "step": int(step), "time": round(time.time(), 3)}
         line |= {name: x if math.isfinite(x) else None for name, x in numbers.items()}
@@ -88,7 +84,7 @@ class MetricsWriter:
         self._file.flush()
         if stage not in self._boards:
             self._boards[stage] = tensorboardX.SummaryWriter(
-                str(self._directory / "tensorboard" / stage), purge_step=self._purge.get(stage)
+                str(self.directory / "tensorboard" / stage), purge_step=self._purge.get(stage)
             )
         for name, x in numbers.items():
             if math.isfinite(x):
@@ -102,12 +98,10 @@ class MetricsWriter:
           step: the first step that will be written again. A run that resumes from the checkpoint of step n, whose line
             was written before the checkpoint, passes n + 1; one that starts anew passes 0.
         """
-        if not self._active:
-            return
         self._keep(lambda line: line["stage"] != stage or line["step"] < step)
         if stage in self._boards:
             self._boards.pop(stage).close()
-        if (self._directory / "tensorboard" / stage).exists():
+        if (self.directory / "tensorboard" / stage).exists():
             self._purge[stage] = step
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 
 P = jax.P
 
@@ -58,8 +59,12 @@ def make_mesh(data: int = 0, model: int = 1, devices=None) -> jax.sharding.Mesh:
             f"mesh.data={data} x mesh.model={model} needs {data * model} devices, but there are {len(devices)}: "
             "set config.mesh.data=0 (all that are left) or axes whose product is the number of devices."
         )
+    if devices[0].platform == "tpu":  # neighbours on the mesh are neighbours in the slice
+        grid = mesh_utils.create_device_mesh((data, model), devices, allow_split_physical_axes=True)
+    else:
+        grid = np.asarray(devices).reshape(data, model)
     axis_types = (jax.sharding.AxisType.Explicit,) * 2
-    return jax.sharding.Mesh(np.asarray(devices).reshape(data, model), ("data", "model"), axis_types=axis_types)
+    return jax.sharding.Mesh(grid, ("data", "model"), axis_types=axis_types)
 
 
 def mesh_shape() -> dict[str, int]:
@@ -68,8 +73,24 @@ def mesh_shape() -> dict[str, int]:
 
 
 def shard_batch(batch, rules: AxisRules = RULES):
-    """Puts host arrays on the mesh with their first axis along `batch`."""
-    return jax.tree.map(lambda x: jax.device_put(np.asarray(x), rules.spec("batch", *[None] * (np.ndim(x) - 1))), batch)
+    """Puts host arrays on the mesh with their first axis along `batch`.
+
+    With many processes all hold the same arrays, and each puts the rows of its own devices there.
+    """
+
+    def put(x):
+        x, spec = np.asarray(x), rules.spec("batch", *[None] * (np.ndim(x) - 1))
+        if jax.process_count() == 1:
+            return jax.device_put(x, spec)
+        return jax.make_array_from_callback(x.shape, jax.NamedSharding(jax.sharding.get_mesh(), spec), x.__getitem__)
+
+    return jax.tree.map(put, batch)
+
+
+def to_host(tree):
+    """NumPy arrays of all rows, in every process."""
+    here = lambda x: not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated  # noqa: E731
+    return jax.device_get(jax.tree.map(lambda x: x if here(x) else replicate(x), tree))
 
 
 def replicate(tree):

@@ -10,7 +10,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from pit_jax import cli, config as config_lib
+from pit_jax import cli, config as config_lib, processes
 from pit_jax.evaluation import pit as pit_evaluation, srt as srt_evaluation
 from pit_jax.pipelines import common, pit, srt
 
@@ -32,9 +32,10 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}; fields are set as --config.FIELD=VALUE")
     workdir = Path(_WORKDIR.value)
-    cli.keep_programs(workdir)
     again = ", without --redo," if _REDO.value else ""  # which would delete what was just trained
     with cli.one_line_errors(f"the same command{again} goes on from the last checkpoint in {workdir}"):
+        processes.start()
+        cli.keep_programs(workdir)
         config = config_lib.from_config_dict(config_lib.class_of(_CONFIG.value), _CONFIG.value)
         config = common.of_checkpoint(config)
         system, evaluate = SYSTEMS[type(config)]

@@ -34,5 +34,10 @@ def environment(cache=None):
 
 def train(workdir, *flags, config=CONFIG, program=("-m", "pit_jax.train"), cache=None):
     """Runs the training command; of the smoke variant with an adaptive KL."""
+    return run(*train_arguments(workdir, *flags, config=config, program=program), cache=cache)
+
+
+def train_arguments(workdir, *flags, config=CONFIG, program=("-m", "pit_jax.train")):
+    """Of Python."""
     flags = (ADAPTIVE, *flags) if config == CONFIG else flags
-    return run(*program, f"--config={config}", f"--workdir={workdir}", *flags, cache=cache)
+    return [*program, f"--config={config}", f"--workdir={workdir}", *flags]

@@ -24,6 +24,14 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def die_soon() -> None:
+    """When the checkpoint that is being written is there: which step is gone on from must not be left to chance."""
+    time.sleep(0.002)
+    while any(thread.name == "checkpoint" for thread in threading.enumerate()):
+        time.sleep(0.001)
+    die()
+
+
 def die_within(call: int, function):
     """`function`, whose call number `call` is killed a moment after it began."""
     calls = 0
@@ -32,7 +40,7 @@ def die_within(call: int, function):
         nonlocal calls
         calls += 1
         if calls == call:
-            threading.Thread(target=lambda: (time.sleep(0.002), die()), daemon=True).start()
+            threading.Thread(target=die_soon, daemon=True).start()
             result = function(*args)
             jax.block_until_ready(result)
             time.sleep(1)  # the program was quicker than the killer: it still dies before it can go on

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from commands import run as run_command
 
 from pit_jax import checkpoint, files, train_state
 
@@ -341,3 +342,39 @@ def test_shardings_are_those_of_like_on_another_mesh(tmp_path):
         [sys.executable, "-c", MESHES, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=120
     )
     assert result.stdout == "done\n", result.stderr
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
+    """A step that takes the arrays' memory does not change what is saved."""
+    advance = jax.jit(lambda x: x * 1.5 + 1, donate_argnums=0)
+    x = jnp.arange(1 << 20, dtype=jnp.float32)
+    expected = {}
+    with checkpoint.Saver(tmp_path) as saver:
+        for step in range(4):
+            expected[step] = np.array(x, copy=True)
+            saver.save(step, {"x": x})
+            x = advance(x)
+            if step:
+                assert checkpoint.latest_step(tmp_path) in (step - 1, step), "the one before is written"
+    for step, value in expected.items():
+        np.testing.assert_array_equal(checkpoint.restore(tmp_path, step, {"x": value})["x"], value)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
+    """With a limit on the size of files, as a quota sets it."""
+    program = f"""
+import resource
+import numpy as np
+from pit_jax import checkpoint
+checkpoint.save({str(tmp_path)!r}, 3, {{"x": np.ones(10)}})
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    checkpoint.save({str(tmp_path)!r}, 4, {{"x": np.random.default_rng(0).random(1_000_000)}})
+except checkpoint.SaveError as error:
+    print(error)
+"""
+    result = run_command("-c", program)
+    assert f"step 4 could not be written to {tmp_path}" in result.stdout, result.stdout + result.stderr
+    assert "that of step 3 is kept" in result.stdout and "disk full" in result.stdout
+    assert [entry.name for entry in tmp_path.iterdir()] == ["3"], "the space is given back"
+    np.testing.assert_array_equal(checkpoint.restore(tmp_path, 3, {"x": np.zeros(10)})["x"], np.ones(10))

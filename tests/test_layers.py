@@ -11,7 +11,7 @@ PACKAGE = "pit_jax"
 
 COMMAND_LINE = {"train", "improve", "evaluate", "plan", "convert", "inspect_data", "bench", "synthesize"}
 LAYERS = (
-    {"config", "types", "sharding", "client", "files", "cost"},
+    {"config", "types", "sharding", "client", "files", "cost", "processes"},
     {"data"},
     {"models"},
     {"losses"},

@@ -2,11 +2,13 @@
 
 import gzip
 import json
+import random
 import shutil
+import time
 
 import numpy as np
 import pytest
-from commands import run, train
+from commands import CONFIG, SRT_CONFIG, run, start, train, train_arguments
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def contents(workdir):
     for line in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()):
         key = line["stage"], line["step"], "selection/score" in line or "selection/accuracy" in line
         assert key not in metrics, f"{key} is logged twice"
-        metrics[key] = {k: v for k, v in line.items() if k not in ("time", "seconds")}
+        metrics[key] = {k: v for k, v in line.items() if not k.startswith(("time", "seconds"))}
     results = json.loads((workdir / "results.json").read_text())
     del results["missing"], results["commands"]  # name the workdir
     for line in (*results["stages"].values(), *results["costs"].values()):
@@ -127,6 +129,26 @@ def test_a_killed_run_resumes_bitwise(point, finished, until_rl, cache, tmp_path
     assert [name for name in ours[0] if ours[0][name] != theirs[0][name]] == []
     assert ours[1] == theirs[1]
     assert ours[2] == theirs[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("system", "config", "num_kills"), [("", CONFIG, 13), ("_srt", SRT_CONFIG, 7)])
+def test_a_run_that_is_killed_at_random_moments_ends_bitwise_the_same(
+    system, config, num_kills, cache, tmp_path, request
+):
+    finished = request.getfixturevalue(f"finished{system}")
+    workdir, rng, stages = tmp_path / "smoke", random.Random(0), set()
+    for i in range(num_kills):
+        arguments = train_arguments(workdir, config=config)
+        process = start(*arguments, cache=cache, log=tmp_path / f"{i}.log")
+        time.sleep(rng.uniform(4, 14))  # importing takes 3
+        process.kill()
+        assert process.wait() == -9, "it must not have come to an end"
+        stages.add(len(list(workdir.glob("stages/*.json"))))
+    assert len(stages) > 3, "killed in many places"
+    resumed = train(workdir, config=config, cache=cache)
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    assert contents(workdir) == contents(finished[0])
 
 
 def test_a_reward_stage_killed_before_its_mark_chooses_again(until_rl, cache, tmp_path):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pit_jax import client
+from pit_jax import client, processes
 from pit_jax.evaluation.win_rate import Verdicts
 
 TEMPLATES = ("helpful", "summary", "instructions")
@@ -158,7 +158,8 @@ def judge(
         for x, y1, y2 in zip(prompts, first, second, strict=True)
         for a, b in ((y1, y2), (y2, y1))
     ]
-    completions, usage = client.complete(config, requests, description=description)
+    said = processes.on_first(lambda: client.complete(config, requests, description=description))
+    completions, usage = [client.Completion(*c) for c in said[0]], client.Usage(*said[1])
     shown = [None if c.text is None else parse_verdict(c.text) for c in completions]  # 1: for the answer shown first
     details, outcome, mask = [], np.zeros(len(prompts), np.int8), np.zeros(len(prompts), bool)
     inconsistent = 0

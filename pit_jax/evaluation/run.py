@@ -207,7 +207,7 @@ MERGED = ("comparisons", "answers", "costs", "missing")
 
 def _model_stages(run: Evaluation) -> list[str]:
     names, workdir = run.system.stages(run.context.config), run.context.workdir
-    return [name for name in names if (workdir.root / "models" / name).is_dir() and workdir.done(name) is not None]
+    return [name for name in names if workdir.model(name).is_dir() and workdir.done(name) is not None]
 
 
 def _earlier(root: Path, models: dict[str, str], settings: str) -> dict[str, Any]:

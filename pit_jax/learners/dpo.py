@@ -65,7 +65,8 @@ def reference_log_probs(
         rows = order[start : start + batch_size]
         length = int(padded[rows].max())
         batch = pairs.take_pairs(data, np.resize(rows, batch_size), length, num_targets[length])
-        out[rows] = np.asarray(jitted_log_probs(model, chunk_size)(params, sharding.shard_batch(batch)))[: len(rows)]
+        found = jitted_log_probs(model, chunk_size)(params, sharding.shard_batch(batch))
+        out[rows] = sharding.to_host(found)[: len(rows)]
     return out
 
 

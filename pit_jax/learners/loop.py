@@ -1,9 +1,12 @@
 """The one training loop: every learner is a `train_step(state, batch) -> (state, metrics)`; PPO's is an iteration."""
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from pit_jax import checkpoint, interrupts, metrics, train_state
 from pit_jax.types import Metrics
@@ -11,6 +14,29 @@ from pit_jax.types import Metrics
 
 class NonFiniteError(RuntimeError):
     """A loss or a gradient is NaN or infinite."""
+
+
+@contextlib.contextmanager
+def _traced(folder: Path, steps: range) -> Iterator[Callable[[int, Any], None]]:
+    """Yields what is called with (step, state) before each step: a trace of `steps` is written."""
+    runs = False
+
+    def before(step: int, state: Any) -> None:
+        nonlocal runs
+        if runs and step == steps.stop:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+            runs = False
+        if not runs and step in steps:
+            jax.block_until_ready(state)
+            jax.profiler.start_trace(folder)
+            runs = True
+
+    try:
+        yield before
+    finally:
+        if runs:
+            jax.profiler.stop_trace()
 
 
 def run(
@@ -25,6 +51,7 @@ def run(
     save_every: int,
     evaluate: Callable[[Any, int], None] | None = None,
     eval_every: int = 0,
+    profile: int = 0,
 ) -> Any:
     """Trains from the newest checkpoint in `directory` (or from `state`) to `num_steps`.
 
@@ -42,6 +69,8 @@ def run(
       save_every: steps between checkpoints; the last step is always saved.
       evaluate: called with (state, step) at step 0 and every `eval_every` steps, before the checkpoint of that step.
       eval_every: 0: only at step 0 and at the end.
+      profile: steps of which a trace is written to profile/STAGE beside the metrics, after two that may compile;
+        TensorBoard and XProf open it. 0: none.
 
     Returns:
       The state at `num_steps`.
@@ -61,6 +90,7 @@ def run(
             evaluate(state, 0)
 
     pending: tuple[int, Metrics] | None = None
+    data_seconds: dict[int, float] = {}
     clock = time.perf_counter()
 
     def flush():
@@ -72,6 +102,7 @@ def run(
         pending = None
         bad = metrics.nonfinite(values)
         if bad:
+            saver.wait()
             last = checkpoint.latest_step(directory)
             kept = "nothing was saved yet" if last is None else f"the checkpoint of step {last} in {directory} is kept"
             raise NonFiniteError(
@@ -79,13 +110,22 @@ def run(
                 "stage (in a new --workdir) or look at the rows of that step."
             )
         now = time.perf_counter()
-        writer.write(stage, step, values | {"seconds": now - clock})
+        writer.write(stage, step, values | {"seconds": now - clock, "seconds/data": data_seconds[step]})
+        del data_seconds[step]
         clock = now
         bar.update(1, values)
 
-    with metrics.progress(num_steps, start, stage) as bar, interrupts.deferred() as asked:
+    first = max(min(start + 2, num_steps - profile), start)
+    traced = _traced(writer.directory / "profile" / stage, range(first, first + profile))
+    saver = checkpoint.Saver(directory, keep=2)
+    bar = metrics.progress(num_steps, start, stage)
+    with bar, interrupts.deferred() as asked, traced as trace, saver:
         for step in range(start, num_steps):
-            state, values = train_step(state, batch_at(step))
+            trace(step, state)
+            began = time.perf_counter()
+            batch = batch_at(step)
+            data_seconds[step + 1] = time.perf_counter() - began
+            state, values = train_step(state, batch)
             flush()
             pending = (step + 1, values)
             last = step + 1 == num_steps
@@ -95,7 +135,8 @@ def run(
                 flush()
                 if evaluate_now:
                     evaluate(state, step + 1)
-                checkpoint.save(directory, step + 1, train_state.saved_part(state), keep=2)
+                saver.save(step + 1, train_state.saved_part(state))
             if number:
+                saver.wait()
                 raise interrupts.Interrupted(number, f"stage {stage}: step {step + 1} of {num_steps} is saved")
     return state

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from pit_jax import checkpoint, config as config_lib, optimizers, sampling, sharding, train_state
+from pit_jax import checkpoint, config as config_lib, optimizers, processes, sampling, sharding, train_state
 from pit_jax.config import ModelConfig, SamplingConfig, SFTConfig
 from pit_jax.data import (
     batches,
@@ -34,7 +33,7 @@ from pit_jax.learners import loop, reward_model, sft
 from pit_jax.metrics import MetricsWriter
 from pit_jax.models import hf, lora
 from pit_jax.models.transformer import ScalarModel, Transformer
-from pit_jax.pipelines.stages import FREE_FIELDS, Candidates, Workdir, run_stage
+from pit_jax.pipelines.stages import FREE_FIELDS, Workdir, run_stage
 from pit_jax.types import Params, PreferenceExample, Rollout
 
 REWARD_STAGES = ("r_p", "r_pit", "evaluator")
@@ -261,8 +260,7 @@ def selection_rows(context: Context, n: int) -> list[PreferenceExample]:
 def init_params(module: Transformer | ScalarModel, key: jax.Array) -> Params:
     """Parameters born in their layout on the mesh."""
     rows = sharding.mesh_shape().get("data", 1)
-    one = jnp.zeros((rows, 8), jnp.int32)
-    one = jax.device_put(one, module.rules.spec("batch", None))
+    one = sharding.shard_batch(np.zeros((rows, 8), np.int32), module.rules)
     method = Transformer.full_logits if isinstance(module, Transformer) else None
     return jax.jit(lambda k: module.init(k, one, one, one, method=method))(key)
 
@@ -345,6 +343,7 @@ def likelihood_stage(
         train_step=train_step,
         directory=context.workdir.checkpoints(stage),
         writer=context.writer,
+        profile=context.config.profile,
         save_every=settings.save_every,
     )
     leave_model(context, stage, state.params, base)
@@ -589,7 +588,7 @@ def score_groups(
     for start in range(0, len(groups), batch_size):
         rows = np.minimum(np.arange(start, start + batch_size), len(groups) - 1)
         batch = sharding.shard_batch(jax.tree.map(lambda x: x[rows], data))  # noqa: B023
-        out.append(np.asarray(_jitted_scores(model)(params, batch)))
+        out.append(sharding.to_host(_jitted_scores(model)(params, batch)))
     return np.concatenate(out)[: len(groups)]
 
 
@@ -622,7 +621,7 @@ def sample(
         chunk = [prompts[min(j, len(prompts) - 1)] for j in range(start, start + batch_size)]
         batch = sharding.shard_batch(batches.prompt_rows(chunk, batches.round_up(window)))
         rollout = jitted_generate(model, settings, eos_id)(params, batch, jax.random.fold_in(key, i))
-        responses += response_ids(jax.device_get(rollout), eos_id)
+        responses += response_ids(sharding.to_host(rollout), eos_id)
     return responses[: len(prompts)]
 
 
@@ -653,8 +652,13 @@ class System(NamedTuple):
     check: Callable[[Any, set[str]], None] = lambda config, todo: None
 
 
-def open_workdir(root: str | Path, command: str = Context.command) -> Context:
+def open_workdir(root: str | Path, command: str = Context.command, writes: bool = False) -> Context:
     """Opens a workdir to use what it holds; its data are not read yet.
+
+    Args:
+      root: the workdir.
+      command: what the user typed, for messages.
+      writes: whether small files will be written into it.
 
     Raises:
       ValueError: where it is no workdir, is of another version, or has no data.
@@ -667,7 +671,7 @@ def open_workdir(root: str | Path, command: str = Context.command) -> Context:
         config = config_lib.from_config_dict(config_lib.class_of(values), config_lib.complete(values))
     except ValueError as error:
         raise ValueError(f"{path} is not of this version of pit_jax: {error}") from error
-    context = Context(config, Workdir.of(root), None, command)
+    context = Context(config, Workdir.of(root, writes), None, command)
     require(context, ["data"])
     load_encoder(context)
     return context
@@ -734,13 +738,17 @@ def run(
         if evaluated and set(config.arms) - set(evaluated["arms"]):
             workdir.forget("evaluate")  # an arm was added: the tables get its rows
         functions = system.stage_functions(context) | {"evaluate": lambda: evaluate(context)}
+        make_data = functions["data"]
+        functions["data"] = lambda: processes.on_first(make_data)
         for name in todo:
             if name != "data" and context.encoder is None:
                 load_data(context)
             run_stage(workdir, name, functions[name])
+            if name == "data":
+                workdir.fetch("data")
             workdir.unfinished_feedback(name).unlink(missing_ok=True)
             if name in REWARD_STAGES:
                 # Only now: a stage that was killed before its mark chooses again.
-                Candidates(workdir.candidates(name)).clear()
+                workdir.candidates(name).clear()
         context.writer.close()
     return context

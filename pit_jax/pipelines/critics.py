@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from pit_jax import client
+from pit_jax import client, processes
 from pit_jax.config import CriticConfig, SamplingConfig
 from pit_jax.data import feedback as feedback_lib, synthetic_critic
 from pit_jax.data.feedback import Feedback, Form
@@ -215,6 +215,16 @@ def _incomplete(reply: Reply, whole: bool) -> bool:
 # ----------------------------------------------------------------------------------------------------------- own models
 
 
+def of_first(critic: Critic) -> Critic:
+    """A critic that the first process asks for all."""
+
+    def ask(name: str, requests: Sequence[Request]) -> list[Reply]:
+        said = processes.on_first(lambda: [_plain(reply) for reply in getattr(critic, name)(requests)])
+        return [_reply(value) for value in said]
+
+    return Critic(critic.name, functools.partial(ask, "criticize"), functools.partial(ask, "score"))
+
+
 def stored(critic: Critic, journal: Journal, chunk: int) -> Critic:
     """A critic whose replies go into a file, `chunk` at a time: a run that is killed asks for none of them again.
 
@@ -235,12 +245,15 @@ def stored(critic: Critic, journal: Journal, chunk: int) -> Critic:
             lines = []
             for request, reply in zip(part, replies, strict=True):
                 known[key(request)] = reply
-                value = reply._asdict() | {"feedback": dataclasses.asdict(reply.feedback)}
-                lines.append({"ask": name, "row": request.number, "response": request.response, "reply": value})
+                lines.append({"ask": name, "row": request.number, "response": request.response, "reply": _plain(reply)})
             journal.add(*lines)
         return [known[key(request)] for request in requests]
 
     return Critic(critic.name, functools.partial(ask, "criticize"), functools.partial(ask, "score"))
+
+
+def _plain(reply: Reply) -> dict:
+    return reply._asdict() | {"feedback": dataclasses.asdict(reply.feedback)}
 
 
 def _reply(value: dict) -> Reply:

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from pit_jax import processes
 from pit_jax.config import SamplingConfig, SrtConfig
 from pit_jax.data.encode import Encoder
 from pit_jax.pipelines import common, critics, pit, srt
@@ -193,11 +194,13 @@ def run(
     """
     if gains is None and rules.needs_gains:
         raise ValueError("a stop by gap and keep=best need R_PIT")
-    started = time.perf_counter()
+    # All processes stop at the same time, which is that of the first.
+    now = (lambda: processes.on_first(time.perf_counter)) if rules.max_seconds else time.perf_counter
+    started = now()
     waiting = iter(rows)
     active: list[tuple[Row, list[Step]]] = []
     while True:
-        if rules.max_seconds and time.perf_counter() - started >= rules.max_seconds:
+        if rules.max_seconds and now() - started >= rules.max_seconds:
             for row in waiting:
                 steps = () if row.response is None else (Step(tuple(row.response)),)
                 yield Improved(row, steps, 0, "seconds")
@@ -213,7 +216,7 @@ def run(
         after = method(prompts, before, key, draws)
         if gains is not None:
             after = with_gains(gains, prompts, after, before, rules.needs_gains)
-        seconds = time.perf_counter() - started
+        seconds = now() - started
         remaining = []
         for (row, steps), step in zip(active, after, strict=True):
             steps = [*steps, step]
@@ -382,7 +385,7 @@ def open_finished(root: str | Path, method: str = "") -> tuple[Context, str]:
     Raises:
       ValueError: where it is no workdir, is of the other system, or has not finished a stage that the method uses.
     """
-    context = common.open_workdir(root)
+    context = common.open_workdir(root, writes=True)
     is_srt = isinstance(context.config, SrtConfig)
     method = method or ("srt" if is_srt else "pit")
     if is_srt != (method == "srt"):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 
+from pit_jax import processes
 from pit_jax.data.answers import Answer, read_answers
 from pit_jax.data.sources import DataError
 from pit_jax.files import Journal, write_text_atomic
@@ -118,6 +119,7 @@ def run(improver: Improver, source: Path, output: Path) -> list[dict]:
         raise ValueError(f"--output={output} is there already: {remedy}")
     if not output.parent.is_dir():
         raise ValueError(f"--output={output}: there is no folder {output.parent}")
+    output = processes.own_file(output, output.with_name(output.name + ".partial"))
     stages = set(improve.stages(context.config, settings.method))
     # What stops rows, and writes first answers; M_self does both itself.
     more = set() if settings.method == "srt" else {pit.gap_stage(context.config), "rl_policy"}

@@ -15,6 +15,7 @@ evaluate      Algorithm 2 and the tables                                     sec
 import dataclasses
 import functools
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from pit_jax.models.transformer import ScalarModel, Transformer
 from pit_jax.pipelines import common
 from pit_jax.pipelines.common import Context, policy_groups
 from pit_jax.pipelines.samples import Ids
-from pit_jax.pipelines.stages import Candidates, choose_by_kl_bin
+from pit_jax.pipelines.stages import choose_by_kl_bin
 from pit_jax.types import Params, PreferenceExample, Rollout
 
 FIRST_STAGE = {
@@ -185,7 +186,7 @@ def reward_stage(
     groups = make_groups(e, rows)
     num_steps = settings.num_steps or max(1, round(settings.num_epochs * len(rows) / settings.batch_size))
     optimizer = optimizers.make_optimizer(settings.optimizer, num_steps)
-    candidates = Candidates(context.workdir.candidates(stage))
+    candidates = context.workdir.candidates(stage)
     selection = make_groups(e, context.rows["selection"])
 
     def evaluate(state, step):
@@ -206,6 +207,7 @@ def reward_stage(
         ),
         directory=context.workdir.checkpoints(stage),
         writer=context.writer,
+        profile=context.config.profile,
         save_every=settings.save_every,
         evaluate=evaluate,
         eval_every=settings.eval_every,
@@ -249,7 +251,7 @@ class References:
             start = common.shapes(self.model)
             if context.config.lora.rank:  # candidates are adapters alone
                 start = common.with_adapters(context, "rl_policy", common.load_model(context, "sft_policy"))
-            candidates = Candidates(context.workdir.candidates("rl_policy"))
+            candidates = context.workdir.candidates("rl_policy")
             steps = sorted(candidates.all())[1:-1] or sorted(candidates.all())
             of_step = lambda step: lora.with_trained(start, candidates.load(step, lora.trained(start)))  # noqa: E731
             self.policies = [of_step(step) for step in steps]
@@ -422,7 +424,7 @@ def rl_stage(context: Context, stage: str, settings: PPOConfig, start: str, refe
         return batch_of(chosen_rows, use_chosen, sampled, step, settings.samples_per_prompt)
 
     validation = batch_of(held, [i % 2 == 1 for i in range(len(held))], common.key_of(config, f"{stage}/selection"), 0)
-    candidates = Candidates(context.workdir.candidates(stage))
+    candidates = context.workdir.candidates(stage)
 
     def frozen(state: ppo.PPOState) -> tuple[Params, Params]:
         """(ref_policy, reward model)."""
@@ -432,7 +434,7 @@ def rl_stage(context: Context, stage: str, settings: PPOConfig, start: str, refe
     def evaluate(state: ppo.PPOState, step: int) -> None:
         experience, _, _, metrics = collect(state, *frozen(state), validation.arrays, key)
         measured = {name: float(metrics[name][0] / metrics[name][1]) for name in ("kl", "score", "length")}
-        texts = text_metrics(context, jax.device_get(experience.rollout), validation)
+        texts = text_metrics(context, sharding.to_host(experience.rollout), validation)
         measured |= {name: float(value / weight) for name, (value, weight) in texts.items()}
         candidates.add(step, lora.trained(state.policy.params), measured)
         context.writer.write(stage, step, {f"selection/{k}": v for k, v in measured.items()})
@@ -440,10 +442,15 @@ def rl_stage(context: Context, stage: str, settings: PPOConfig, start: str, refe
             _show(context, stage, step, experience.rollout, validation)
 
     def train_step(state, batch: TextBatch):
+        began = time.perf_counter()
         experience, _, statistics, metrics = collect(state, *frozen(state), batch.arrays, key)
-        rollout = jax.device_get(experience.rollout)
+        rollout = sharding.to_host(experience.rollout)
+        collected = time.perf_counter()
         state, more = update(state, experience, statistics, metrics["kl"][0] / metrics["kl"][1], key)
-        return state, metrics | more | text_metrics(context, rollout, batch)  # texts are read while the update runs
+        metrics |= more | text_metrics(context, rollout, batch)  # texts are read while the update runs
+        jax.block_until_ready(state.step)
+        seconds = {"seconds/rollout": collected - began, "seconds/update": time.perf_counter() - collected}
+        return state, metrics | {name: (value, 1.0) for name, value in seconds.items()}
 
     # The value model starts as the reward model, with a head of zeros: rewards are normalised, raw scores are not.
     value_params = {"params": value_params | jax.tree.map(jnp.zeros_like, heads)}
@@ -461,6 +468,7 @@ def rl_stage(context: Context, stage: str, settings: PPOConfig, start: str, refe
         train_step=train_step,
         directory=context.workdir.checkpoints(stage),
         writer=context.writer,
+        profile=context.config.profile,
         save_every=settings.save_every,
         evaluate=evaluate,
         eval_every=settings.eval_every,
@@ -484,7 +492,7 @@ def _updates(settings: PPOConfig) -> int:
 def _show(context: Context, stage: str, step: int, rollout: Rollout, batch: TextBatch) -> None:
     """Prints one answer and writes a few to samples/STAGE/STEP.jsonl."""
     e = context.encoder
-    responses = common.response_ids(jax.device_get(rollout), e.tokenizer.eos_id)
+    responses = common.response_ids(sharding.to_host(rollout), e.tokenizer.eos_id)
     lines = []
     for i in range(min(8, len(responses))):
         line = {"prompt": batch.rows[i].prompt, "response": e.text(responses[i])}

@@ -84,7 +84,7 @@ class Sampler:
         for start in range(0, len(prompts), self._size):
             index = np.minimum(np.arange(start, start + self._size), len(prompts) - 1)
             arrays = sharding.shard_batch(batches.prompt_rows([prompts[i] for i in index], self._window))
-            rollout = jax.device_get(self._generate(self._params, arrays, row_keys(key, draws[index])))
+            rollout = sharding.to_host(self._generate(self._params, arrays, row_keys(key, draws[index])))
             written = np.sum(rollout.response_mask, axis=1)
             steps += [
                 Step(self._without_stop(ids), read=len(prompts[i]), written=int(n))

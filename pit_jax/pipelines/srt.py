@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pit_jax import checkpoint, optimizers, train_state
+from pit_jax import checkpoint, optimizers, processes, train_state
 from pit_jax.config import FeedbackConfig, SamplingConfig, SrtConfig
 from pit_jax.data import batches, feedback as feedback_lib, pairs, synthetic_critic
 from pit_jax.data.feedback import MAX_SCORE, PARTS, Feedback, Form
@@ -486,7 +486,9 @@ def make_critic(context: Context) -> Critic:
         return critics.verifier_critic(common.seed_of(config, "critic"), config.critic.error_rate)
     if config.critic.kind == "server":
         template = feedback_lib.load_template("critic", config.data.templates)
-        return critics.server_critic(config.critic, template, context.workdir.root / "feedback" / "calls")
+        return critics.of_first(
+            critics.server_critic(config.critic, template, context.workdir.root / "feedback" / "calls")
+        )
     other, stage = open_srt(config.critic.workdir)
     model = make_self_critic(other, stage, 0.0, config.critic_feedback.batch_size)
     return critics.self_critic(model, f"{stage} {other.workdir.model_digest(stage)}")
@@ -571,6 +573,7 @@ def dpo_stage(context: Context, number: int) -> dict:
         ),
         directory=context.workdir.checkpoints(stage),
         writer=context.writer,
+        profile=context.config.profile,
         save_every=settings.save_every,
     )
     common.leave_model(context, stage, state.params, f"models/{last}")
@@ -591,7 +594,7 @@ def check(config: SrtConfig, todo: set[str]) -> None:
         open_srt(config.critic.workdir)
     if config.critic.kind == "server":
         feedback_lib.load_template("critic", config.data.templates)
-        critics.check_server(config.critic)
+        processes.on_first(lambda: critics.check_server(config.critic))
 
 
 def stage_functions(context: Context) -> dict[str, Callable[[], dict]]:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pit_jax import checkpoint, config as config_lib
+from pit_jax import checkpoint, config as config_lib, processes
 from pit_jax.files import read_json, write_json_atomic
 from pit_jax.types import Params
 
@@ -38,12 +38,19 @@ DISCARDING = "discarding.json"
 _OPTIONAL = re.compile(r"(?:rl_pit|self_feedback|dpo)_\d+|arm_[a-z_]+")
 """Stages that one config has and another of the same system has not."""
 
-FREE_FIELDS = ("arms",)
-"""Top-level fields that may change on a workdir: they add something and alter nothing that was trained."""
+FREE_FIELDS = ("arms", "mesh", "profile")
+"""Top-level fields that may change on a workdir: they add something, or alter nothing that was trained. A run may go on
+on another mesh: its numbers are then those of another order of sums."""
 
 
 class Workdir:
-    """Paths and done-markers of a run."""
+    """Paths and done-markers of a run.
+
+    Attributes:
+      shared: the folder, where arrays are.
+      root: where the small files are: the same, but for processes other than the first (`processes.small_files_of`).
+      config: of the run.
+    """
 
     def __init__(self, root: str | Path, config: Any, free_fields: Sequence[str] = FREE_FIELDS, claim: bool = True):
         """Opens or creates a workdir.
@@ -57,8 +64,13 @@ class Workdir:
         Raises:
           ValueError: where something was trained in it with another config; the fields that differ are named.
         """
-        self.root, self.config = Path(root), config
-        self._finish_discarding()
+        self.shared, self.config = Path(root), config
+        if self.shared.exists() and not self.shared.is_dir():
+            raise ValueError(f"--workdir={root} is a file, but must be a folder")
+        if processes.is_first():
+            self.root = self.shared
+            self._finish_discarding()
+        self.root = processes.small_files_of(self.shared)
         path = self.root / "config.json"
         ours = json.loads(config_lib.to_json(config))
         if path.exists():
@@ -74,8 +86,6 @@ class Workdir:
                     + "\nUse another --workdir, or set these fields back. Fields that only STAGE and those after it "
                     "read may change with --redo=STAGE."
                 )
-        elif self.root.exists() and not self.root.is_dir():
-            raise ValueError(f"--workdir={self.root} is a file, but must be a folder")
         elif self.root.exists() and any(self.root.iterdir()):
             raise ValueError(f"workdir {self.root} is not empty and has no config.json: use another --workdir")
         if claim:
@@ -87,24 +97,37 @@ class Workdir:
         write_json_atomic(self.root / "config.json", json.loads(config_lib.to_json(self.config)))
 
     @classmethod
-    def of(cls, root: str | Path) -> "Workdir":
-        """A workdir as it is; nothing is written or checked."""
+    def of(cls, root: str | Path, writes: bool = False) -> "Workdir":
+        """A workdir as it is; nothing is checked. `writes`: whether small files will be written into it."""
         workdir = cls.__new__(cls)
-        workdir.root = Path(root)
+        workdir.shared = workdir.root = Path(root)
+        if writes:
+            workdir.root = processes.small_files_of(workdir.shared)
         return workdir
 
     def _holds_work(self) -> bool:
         """Whether a stage is done or has saved a state: a start that failed before that binds nobody."""
         records = (path for path in self.root.glob("stages/*.json") if not path.name.endswith(".seconds.json"))
-        return any(records) or any(self.root.glob("checkpoints/*"))
+        return any(records) or any(self.shared.glob("checkpoints/*"))
 
     def checkpoints(self, stage: str) -> Path:
         """Folder of a stage's training states."""
-        return self.root / "checkpoints" / stage
+        return self.shared / "checkpoints" / stage
 
-    def candidates(self, stage: str) -> Path:
-        """Folder of the parameters among which a stage chooses."""
-        return self.root / "candidates" / stage
+    def candidates(self, stage: str) -> "Candidates":
+        """The parameters among which a stage chooses."""
+        return Candidates(self.shared / "candidates" / stage, self.root / "candidates" / stage)
+
+    def model(self, stage: str) -> Path:
+        """Folder of the parameters that a stage leaves behind."""
+        return self.shared / "models" / stage
+
+    def fetch(self, folder: str) -> None:
+        """Copies a folder that the first process has written alone."""
+        if not processes.is_first():
+            shutil.rmtree(self.root / folder, ignore_errors=True)
+            shutil.copytree(self.shared / folder, self.root / folder)
+        processes.wait(f"fetched {folder}")
 
     def unfinished_feedback(self, stage: str) -> Path:
         """What a stage that asks critics has so far; gone when it is done."""
@@ -128,6 +151,7 @@ class Workdir:
         if stages:
             write_json_atomic(self.root / DISCARDING, list(stages))
             self._finish_discarding()
+            processes.wait("discarded")
 
     def _finish_discarding(self) -> None:
         path = self.root / DISCARDING
@@ -140,38 +164,39 @@ class Workdir:
             (self.root / "stages" / f"{stage}.seconds.json").unlink(missing_ok=True)
             self.unfinished_feedback(stage).unlink(missing_ok=True)
             (self.root / "feedback" / f"{stage}.jsonl").unlink(missing_ok=True)
-            for folder in STAGE_FOLDERS:
+            for folder in STAGE_FOLDERS:  # arrays: in the first process, whose folder is the shared one
                 shutil.rmtree(self.root / folder / stage, ignore_errors=True)
         path.unlink()
 
     def left_by_others(self, names: Sequence[str]) -> list[str]:
         """Rounds and arms, done or not, that have left something and are not among these stages."""
         paths = [*self.root.glob("stages/*.json"), *self.root.glob("feedback/*.jsonl")]
-        paths += [path for folder in STAGE_FOLDERS for path in self.root.glob(f"{folder}/*") if path.is_dir()]
+        paths += [path for folder in STAGE_FOLDERS for path in self.shared.glob(f"{folder}/*") if path.is_dir()]
         found = {path.name.partition(".")[0] for path in paths}
         return sorted(name for name in found - set(names) if _OPTIONAL.fullmatch(name))
 
     def save_model(self, stage: str, params: Params) -> None:
         """Leaves the parameters of a stage behind."""
-        checkpoint.save(self.root / "models" / stage, 0, params, keep=1)
+        checkpoint.save(self.model(stage), 0, params, keep=1)
 
     def adapters(self, stage: str) -> Path:
         """Folder of a stage's adapters."""
-        return self.root / "adapters" / stage
+        return self.shared / "adapters" / stage
 
     def save_adapters(self, stage: str, trained: Params, description: dict) -> None:
         """Leaves what was trained beside frozen weights, and what it is: rank, alpha, targets and the base."""
         checkpoint.save(self.adapters(stage), 0, trained, keep=1)
-        write_json_atomic(self.adapters(stage) / ADAPTERS, description)
+        if processes.is_first():
+            write_json_atomic(self.adapters(stage) / ADAPTERS, description)
 
     def model_digest(self, stage: str) -> str:
         """Names the parameters that a stage has left, by their checksums."""
-        manifest = self.root / "models" / stage / "0" / "manifest.json"
+        manifest = self.model(stage) / "0" / "manifest.json"
         return hashlib.sha256(manifest.read_bytes()).hexdigest()[:16]
 
     def load_model(self, stage: str, like: Params) -> Params:
         """Parameters of a finished stage, in the shapes and shardings of `like`."""
-        return checkpoint.restore(self.root / "models" / stage, 0, like)
+        return checkpoint.restore(self.model(stage), 0, like)
 
 
 class Candidates:
@@ -181,9 +206,15 @@ class Candidates:
     with the candidates up to its checkpoint.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, measured: Path | None = None):
+        """Opens or begins a list.
+
+        Args:
+          directory: of the parameters.
+          measured: folder of what was measured; by default the same.
+        """
         self.directory = directory
-        self._path = directory / "candidates.json"
+        self._path = (measured or directory) / "candidates.json"
 
     def all(self) -> dict[int, dict]:
         """Step -> what was measured there."""
@@ -194,7 +225,8 @@ class Candidates:
     def add(self, step: int, params: Params, measured: dict) -> None:
         """Saves a candidate; one of the same or a later step (left by a killed run) is replaced."""
         earlier = {s: m for s, m in self.all().items() if s < step}
-        for stale in checkpoint.all_steps(self.directory):
+        processes.wait("measured")  # by all, with what is about to be deleted
+        for stale in checkpoint.all_steps(self.directory) if processes.is_first() else ():
             if stale >= step:
                 shutil.rmtree(self.directory / str(stale))
         checkpoint.save(self.directory, step, params, keep=None)
@@ -202,7 +234,10 @@ class Candidates:
 
     def clear(self) -> None:
         """Deletes the parameters, once one was chosen; nothing where there are none."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        processes.wait("chosen")
+        if processes.is_first():
+            shutil.rmtree(self.directory, ignore_errors=True)
+        shutil.rmtree(self._path.parent, ignore_errors=True)
 
     def load(self, step: int, like: Params) -> Params:
         """The parameters of a candidate."""

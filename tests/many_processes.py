@@ -1,0 +1,111 @@
+"""One process of several on one machine: every learner on a 2 x 2 mesh of CPU devices.
+
+    python tests/many_processes.py FOLDER DEVICES [die]
+
+DEVICES are those of this process; the others are named by the variables of `pit_jax.processes`. The first process
+writes FOLDER/numbers.json; all save and restore FOLDER/checkpoints. With `die` the last process is killed in between.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={sys.argv[2]} --xla_backend_optimization_level=0"
+
+import jax
+import numpy as np
+import optax
+
+from pit_jax import checkpoint, cli, files, metrics, processes, sharding, train_state
+from pit_jax.config import LoraConfig, ModelConfig, PPOConfig
+from pit_jax.data import batches, pairs
+from pit_jax.learners import dpo, ppo, reward_model, sft
+from pit_jax.models import lora
+from pit_jax.models.transformer import ScalarModel, Transformer
+from pit_jax.pipelines.common import init_params
+from pit_jax.types import TokenBatch
+
+SIZES = ModelConfig(vocab_size=32, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=16)
+POLICY, DECODER, SCORER = Transformer(SIZES), Transformer(SIZES, sharding.DECODE_RULES), ScalarModel(SIZES)
+
+
+def rows(count: int, low: int, high: int, seed: int) -> list[list[int]]:
+    """Ids."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(3, 32, rng.integers(low, high)).tolist() for _ in range(count)]
+
+
+def main(folder: Path, dies: bool) -> None:
+    """Runs everything."""
+    mesh = sharding.make_mesh(2, 2)
+    found = {"processes": jax.process_count()}
+    adam = optax.adam(1e-2)
+
+    def take(name, step, state, batch, times=2):
+        for i in range(times):
+            state, values = step(state, batch)
+            found[f"{name}_{i}"] = metrics.reduce(values)
+        return state
+
+    with jax.set_mesh(mesh):
+        policy, reward = (init_params(m, jax.random.key(0)) for m in (POLICY, SCORER))
+        turns = list(zip(rows(60, 1, 4, 0), rows(60, 1, 6, 1), strict=True))
+        tokens = sharding.shard_batch(sft.SFTBatch(TokenBatch(*(x[:8] for x in batches.packed_rows(turns, 16)))))
+        create = lambda params: train_state.create(params, adam)  # noqa: E731
+        state = take("sft", sft.make_train_step(POLICY, adam, num_targets=12, chunk_size=4), create(policy), tokens)
+        # A checkpoint of arrays of which no process holds all.
+        checkpoint.save(folder / "checkpoints", 2, state)
+        step, again = checkpoint.restore_latest(folder / "checkpoints", state)
+        same = jax.tree.map(lambda a, b: np.array_equal(sharding.to_host(a), sharding.to_host(b)), state, again)
+        found["restored"] = [step, all(jax.tree.leaves(same))]
+        if dies and jax.process_index() == jax.process_count() - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        groups = batches.score_rows([[[1, 5, *row] for row in rows(4, 1, 9, seed)] for seed in range(8)])
+        gap = reward_model.make_train_step(SCORER, adam, loss="gap")
+        reward = init_params(SCORER, jax.random.key(0))
+        take("r_pit", gap, create(reward), sharding.shard_batch(groups))
+        adapted = lora.add(again.params, LoraConfig(rank=2), jax.random.key(1))
+        found["frozen"] = lora.checksums(adapted)
+        pair_rows = pairs_of(8)
+        log_probs = dpo.reference_log_probs(POLICY, again.params, pair_rows, 4)
+        found["log_probs"] = log_probs
+        of_pairs = sharding.shard_batch(pair_rows._replace(ref_log_probs=log_probs))
+        take("dpo", dpo.make_train_step(POLICY, adam, beta=0.1), create(adapted), of_pairs)
+        fresh = checkpoint.restore(folder / "checkpoints", 2, state).params  # training takes its memory
+        rl(fresh, init_params(SCORER, jax.random.key(2)), found)
+    found["of_first"] = processes.on_first(lambda: {"pid": np.int64(7)})["pid"]
+    if processes.is_first():
+        files.write_json_atomic(folder / "numbers.json", found)
+    processes.wait("end")
+
+
+def pairs_of(count: int) -> pairs.PairBatch:
+    """Pairs of answers to a prompt, as one sequence each."""
+    three = zip(rows(count, 2, 5, 4), rows(count, 1, 6, 5), rows(count, 1, 6, 6), strict=True)
+    return pairs.pair_rows([(x, y, z) for x, y, z in three])
+
+
+def rl(policy, reward, found: dict) -> None:
+    """An iteration of PPO."""
+    settings = PPOConfig(rollout_size=8, samples_per_prompt=2, num_epochs=1, num_minibatches=2)
+    score = lambda params, rollout, _: ppo.rollout_scores(SCORER, params, rollout)  # noqa: E731
+    sgd = optax.sgd(0.5)
+    collect, update = ppo.make_ppo(POLICY, DECODER, SCORER, score, sgd, sgd, settings, max_new_tokens=5, eos_id=2)
+    ref, value = jax.tree.map(lambda x: x * 1.1, policy), jax.tree.map(lambda x: x * 0.9, reward)
+    state = ppo.create(policy, value, sgd, sgd, 0.1)
+    batch = sharding.shard_batch(ppo.RLBatch(batches.prompt_rows(rows(8, 1, 6, 3), 6)))
+    key = jax.random.key(0)
+    experience, raw, statistics, values = collect(state, ref, reward, batch, key)
+    rollout = sharding.to_host(experience.rollout)
+    state, more = update(state, experience, statistics, values["kl"][0] / values["kl"][1], key)
+    found |= {"tokens": rollout.tokens, "raw": sharding.to_host(raw), "ppo": metrics.reduce(values | more)}
+
+
+if __name__ == "__main__":
+    from absl import flags
+
+    flags.FLAGS([sys.argv[0]])
+    with cli.one_line_errors():
+        processes.start()
+        main(Path(sys.argv[1]), sys.argv[3:] == ["die"])
