@@ -14,7 +14,6 @@ Everything is read and written by Orbax and as JSON; nothing is pickled.
 import concurrent.futures
 import contextlib
 import dataclasses
-import shutil
 import threading
 import warnings
 import zlib
@@ -67,7 +66,7 @@ class Saver:
         """`directory` and `keep` as in `save`."""
         if keep is not None and keep < 1:
             raise ValueError(f"keep={keep}: at least the checkpoint that was just written has to stay; None keeps all.")
-        self._directory, self._keep = Path(directory).absolute(), keep
+        self._directory, self._keep = _absolute(directory), keep
         self._pending: concurrent.futures.Future | None = None
 
     def save(self, step: int, tree) -> None:
@@ -80,10 +79,12 @@ class Saver:
             raise ValueError(f"step={step}: checkpoints are named by a number of steps >= 0.")
         leaves = {path: _storable(path, x) for path, x in _flatten(tree).items()}
         self.wait()
-        partial = self._directory / f"{step}.partial"
+        partial = self._begun(step)
         with self._explained(step):
             if processes.is_first():
                 _clean(self._directory)
+                if files.is_remote(partial):
+                    delete(self._directory, step)
                 partial.mkdir(parents=True)
             processes.wait(f"saving {partial}")
             with _context():
@@ -102,23 +103,26 @@ class Saver:
             pending.result()
             processes.wait(f"saved in {self._directory}")
 
+    def _begun(self, step: int) -> Path:
+        """The folder that is written to. In a bucket no folder can be renamed: the manifest makes it a checkpoint."""
+        return self._directory / (f"{step}" if files.is_remote(self._directory) else f"{step}.partial")
+
     def _finish(self, step: int, response, manifest: dict) -> None:
-        partial, final, old = (self._directory / f"{step}{suffix}" for suffix in (".partial", "", ".old"))
+        partial, final, old = self._begun(step), self._directory / f"{step}", self._directory / f"{step}.old"
         with self._explained(step):
             response.result()
             if not processes.is_first():
                 return
             files.write_json_atomic(partial / MANIFEST, manifest)
-            if final.exists():
-                final.rename(old)
-            partial.rename(final)
-            files.sync_directory(self._directory)
-            _remove(old)
+            if partial != final:
+                if final.exists():
+                    final.rename(old)
+                partial.rename(final)
+                files.sync_directory(self._directory)
+                files.remove_tree(old)
             if self._keep is not None:
                 for earlier in [s for s in all_steps(self._directory) if s <= step][: -self._keep]:
-                    # A folder that is half deleted must not look like a checkpoint.
-                    path = self._directory / f"{earlier}"
-                    _remove(path.rename(self._directory / f"{earlier}.deleted"))
+                    delete(self._directory, earlier)
 
     @contextlib.contextmanager
     def _explained(self, step: int) -> Iterator[None]:
@@ -128,7 +132,7 @@ class Saver:
         except jax.errors.JaxRuntimeError:
             raise  # of a device
         except Exception as error:
-            shutil.rmtree(self._directory / f"{step}.partial", ignore_errors=True)
+            files.remove_tree(self._begun(step))
             last = latest_step(self._directory)
             kept = "there is none before it" if last is None else f"that of step {last} is kept"
             reason = str(error).strip().splitlines()
@@ -162,12 +166,23 @@ def _start(function: Callable[[], None]) -> concurrent.futures.Future:
     return future
 
 
+def delete(directory: Path, step: int) -> None:
+    """Deletes a checkpoint; one that is half deleted does not look like one."""
+    folder = files.place(directory) / f"{step}"
+    if files.is_remote(folder):
+        (folder / MANIFEST).unlink(missing_ok=True)
+    elif folder.exists():
+        folder = folder.rename(folder.with_name(f"{step}.deleted"))
+    files.remove_tree(folder)
+
+
 def all_steps(directory: Path) -> list[int]:
     """The steps whose checkpoints were written to the end, in ascending order."""
-    directory = Path(directory)
+    directory = files.place(directory)
     if not directory.is_dir():
         return []
-    names = [entry.name for entry in directory.iterdir() if entry.is_dir()]
+    is_whole = lambda entry: not files.is_remote(entry) or (entry / MANIFEST).exists()  # noqa: E731
+    names = [entry.name for entry in directory.iterdir() if entry.is_dir() and is_whole(entry)]
     return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
 
@@ -193,7 +208,7 @@ def restore(directory: Path, step: int, like, *, at: str = ""):
         differs; it lists their paths.
       DamagedError: a ValueError too: where the checkpoint cannot be read or its bytes have changed.
     """
-    folder = Path(directory).absolute() / f"{step}"
+    folder = _absolute(directory) / f"{step}"
     if not folder.is_dir():
         raise ValueError(f"{folder} does not exist; the steps that can be restored there are {all_steps(directory)}.")
     try:
@@ -240,7 +255,7 @@ def restore_latest(directory: Path, like) -> tuple[int, object] | None:
             warnings.warn(f"{error}\nThe checkpoint before it is taken.", stacklevel=2)
     if steps:
         raise ValueError(
-            f"all checkpoints in {Path(directory).absolute()} are damaged (steps {steps}): "
+            f"all checkpoints in {_absolute(directory)} are damaged (steps {steps}): "
             "move them away to start from step 0."
         )
     return None
@@ -382,15 +397,17 @@ def _like(array, x):
 
 def _clean(directory: Path) -> None:
     """Removes what killed saves and deletions left, and puts back a checkpoint that was about to be replaced."""
+    if files.is_remote(directory):
+        return  # a folder without a manifest is replaced by the next save of its step
     for old in directory.glob("*.old"):
         if not (directory / old.stem).exists():
             old.rename(directory / old.stem)
     for suffix in ("partial", "old", "deleted"):
         for leftover in directory.glob(f"*.{suffix}"):
             if leftover.stem.isdecimal():
-                _remove(leftover)
+                files.remove_tree(leftover)
 
 
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
+def _absolute(directory: Path | str) -> Path:
+    directory = files.place(directory)
+    return directory if files.is_remote(directory) else directory.absolute()

@@ -43,7 +43,7 @@ def one_line_errors(stopped: str = "") -> Iterator[None]:
             raise
         which = "" if processes.is_first() else f" in process {jax.process_index()}"
         print(f"error{which}: {error}", file=sys.stderr)
-        sys.exit(2)
+        processes.leave(2)
     except jax.errors.JaxRuntimeError as error:
         if not processes.are_several():
             raise
@@ -51,9 +51,9 @@ def one_line_errors(stopped: str = "") -> Iterator[None]:
         print(
             f"error in process {jax.process_index()}: {reason}\nIf another process has ended, look at what it printed. "
             f"{stopped[:1].upper()}{stopped[1:]}",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
-        os._exit(2)  # the usual way out waits for the others
+            file=sys.stderr,
+        )
+        processes.leave(2)
     except interrupts.Interrupted as error:
         print(f"{error}{stopped and '; '}{stopped}", file=sys.stderr)
         sys.exit(interrupts.RESTART if error.number == signal.SIGTERM else 130)

@@ -2,17 +2,51 @@
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from pit_jax import config
 
 
+def place(name: Path | str) -> Path:
+    """A folder or file by its name: of this machine and its network file systems, or of a bucket (gs://BUCKET/...).
+
+    Raises:
+      ValueError: for another kind of bucket.
+    """
+    scheme, found, _ = str(name).partition("://")
+    if not found:
+        return Path(name)
+    if scheme != "gs":
+        raise ValueError(
+            f"{name}: of buckets those of Google Cloud are known, gs://BUCKET/FOLDER; others can be mounted"
+        )
+    return epath.Path(name)
+
+
+def is_remote(path: Path) -> bool:
+    """Whether it is in a bucket: nothing can be renamed there, and a file is whole or absent by itself."""
+    return str(path).startswith("gs://")
+
+
+def remove_tree(path: Path) -> None:
+    """Deletes a folder with all that is in it; nothing where there is none."""
+    if not is_remote(path):
+        shutil.rmtree(path, ignore_errors=True)
+    elif path.exists():
+        path.rmtree()
+
+
 def write_text_atomic(path: Path | str, text: str) -> None:
     """Writes beside `path`, then renames over it."""
-    path = Path(path)
+    path = place(path)
+    if is_remote(path):
+        path.write_text(text, encoding="utf-8")
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -47,7 +81,7 @@ def read_json(path: Path | str):
       ValueError: where the file is not JSON.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(place(path).read_text(encoding="utf-8"))
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         raise ValueError(f"{path} is not a JSON file ({error}): restore it from a copy or delete it.") from error
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pit_jax import checkpoint, config as config_lib, optimizers, processes, sampling, sharding, train_state
@@ -260,9 +261,13 @@ def selection_rows(context: Context, n: int) -> list[PreferenceExample]:
 def init_params(module: Transformer | ScalarModel, key: jax.Array) -> Params:
     """Parameters born in their layout on the mesh."""
     rows = sharding.mesh_shape().get("data", 1)
-    one = sharding.shard_batch(np.zeros((rows, 8), np.int32), module.rules)
     method = Transformer.full_logits if isinstance(module, Transformer) else None
-    return jax.jit(lambda k: module.init(k, one, one, one, method=method))(key)
+
+    def make(key):
+        one = jnp.zeros((rows, 8), jnp.int32, out_sharding=module.rules.spec("batch", None))
+        return module.init(key, one, one, one, method=method)
+
+    return jax.jit(make)(key)
 
 
 def shapes(module: Transformer | ScalarModel) -> Params:

@@ -86,7 +86,7 @@ class Workdir:
                     + "\nUse another --workdir, or set these fields back. Fields that only STAGE and those after it "
                     "read may change with --redo=STAGE."
                 )
-        elif self.root.exists() and any(self.root.iterdir()):
+        elif self.root.exists() and any(entry.name != "compilation_cache" for entry in self.root.iterdir()):
             raise ValueError(f"workdir {self.root} is not empty and has no config.json: use another --workdir")
         if claim:
             self.claim()
