@@ -20,6 +20,7 @@ REQUIRES = [
     "orbax-checkpoint>=0.12.8,<0.13",
     "tensorflow-datasets>=4.9.10,<5",
     "array_record>=0.8.6,<0.9",
+    "etils[epath]>=1.12,<2",
     "importlib_resources>=6",  # TFDS imports it and does not declare it
     "sentencepiece>=0.2.1,<0.3",
     "ml-collections>=1.1,<2",
@@ -32,6 +33,7 @@ REQUIRES = [
 EXTRAS = {
     "tpu": [f"jax[tpu]{JAX}"],
     "cuda": [f"jax[cuda12]{JAX}"],
+    "gcs": ["etils[epath-gcs]>=1.12,<2"],
     "critic": ["openai>=3,<4"],
     "hf": ["safetensors>=0.5,<1", "tokenizers>=0.22,<0.24", "huggingface_hub>=1,<3", "jinja2>=3.1.6,<4"],
     "parquet": ["pyarrow>=18"],

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from pit_jax import interrupts, processes
+from pit_jax import files, interrupts, processes
 from pit_jax.data.sources import DataError
 from pit_jax.learners.loop import NonFiniteError
 
@@ -22,7 +22,8 @@ MISTAKES = (DataError, NonFiniteError, ValueError, ImportError, OSError)
 
 def keep_programs(workdir: Path) -> None:
     """Compiled programs stay in the workdir, or where JAX_COMPILATION_CACHE_DIR says."""
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(workdir.absolute() / "compilation_cache")
+    folder = workdir if files.is_remote(workdir) else workdir.absolute()
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(folder / "compilation_cache")
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

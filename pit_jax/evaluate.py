@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 from absl import app, flags, logging
 
-from pit_jax import cli, client, processes, sharding
+from pit_jax import cli, client, files, processes, sharding
 from pit_jax.config import PitConfig, SrtConfig
 from pit_jax.evaluation import benchmark_files, judges, llm_judge, pit, run, srt
 from pit_jax.evaluation.run import MoreJudges, Options, System
@@ -138,7 +138,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
     if _BENCHMARK.value or not _WORKDIR.value:
         return score_benchmark()
-    workdir = Path(_WORKDIR.value)
+    workdir = files.place(_WORKDIR.value)
     with cli.one_line_errors("the same command goes on with what is in evaluation/"):
         processes.start()
         cli.keep_programs(workdir)

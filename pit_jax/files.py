@@ -23,7 +23,7 @@ def place(name: Path | str) -> Path:
         return Path(name)
     if scheme != "gs":
         raise ValueError(
-            f"{name}: of buckets those of Google Cloud are known, gs://BUCKET/FOLDER; others can be mounted"
+            f"{name}: the buckets of Google Cloud are known, gs://BUCKET/FOLDER; mount what lies in others"
         )
     return epath.Path(name)
 

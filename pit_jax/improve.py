@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 from absl import app, flags, logging
 
-from pit_jax import cli, processes, sharding
+from pit_jax import cli, files, processes, sharding
 from pit_jax.evaluation import pit as evaluation
 from pit_jax.pipelines import common, improve, improve_file, pit
 from pit_jax.pipelines.common import Context
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> None:
     """A user's mistake ends in one line on stderr and status 2."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
-    workdir = Path(_WORKDIR.value)
+    workdir = files.place(_WORKDIR.value)
     goes_on = "" if _INTERACTIVE.value else f"the same command goes on from {_OUTPUT.value}.partial"
     with cli.one_line_errors(goes_on):
         if _INTERACTIVE.value == bool(_INPUT.value or _OUTPUT.value) or bool(_INPUT.value) != bool(_OUTPUT.value):

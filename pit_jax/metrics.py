@@ -5,6 +5,7 @@ import math
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
@@ -51,7 +52,9 @@ class MetricsWriter:
     none; a line that was cut short is dropped by the next writer.
     """
 
-    def __init__(self, directory: Path | str):
+    def __init__(self, directory: Path | str, sync: Callable[[], None] = lambda: None):
+        """Opens a folder; `sync` brings what is written to where it is kept, if that is not there."""
+        self.sync = sync
         self.directory = Path(directory)
         self._path = self.directory / "metrics.jsonl"
         self._boards: dict[str, tensorboardX.SummaryWriter] = {}

@@ -20,6 +20,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from pit_jax import files
+
 EXPLICIT = ("PIT_JAX_COORDINATOR", "PIT_JAX_NUM_PROCESSES", "PIT_JAX_PROCESS_ID")
 """Variables that say where the first process listens (HOST:PORT), how many there are, and which one this is."""
 
@@ -130,9 +132,17 @@ def _broadcast(message: bytes) -> bytes:
 def small_files_of(root: Path) -> Path:
     """The folder in which this process keeps the small files of a workdir: `root` itself, or a copy of them.
 
+    Of a workdir in a bucket all processes have copies, and the first brings what it writes there (`push`).
+
     Raises:
       ValueError: where the others do not see the folder of the first.
     """
+    if files.is_remote(root):
+        copy = _own_folder()
+        if root.exists():
+            copy_small_files(root, copy)
+        wait(f"copied {root}")
+        return copy
     if not are_several():
         return root
     mark = root / ".shared"
@@ -187,13 +197,41 @@ def _make_mark(mark: Path) -> str:
 def copy_small_files(root: Path, copy: Path) -> None:
     """Everything of a workdir but arrays and programs; of candidates, what was measured."""
     for source in sorted(root.iterdir()):
-        if source.name in SHARED or source.name.startswith("."):
-            continue
-        if source.is_file():
-            shutil.copyfile(source, copy / source.name)
-        elif source.name == "candidates":
-            for file in source.glob("*/*.json"):
-                (copy / "candidates" / file.parent.name).mkdir(parents=True)
-                shutil.copyfile(file, copy / "candidates" / file.parent.name / file.name)
-        else:
-            shutil.copytree(source, copy / source.name)
+        if source.name not in SHARED and not source.name.startswith("."):
+            _copy(source, copy / source.name, within_candidates=source.name == "candidates")
+
+
+def _copy(source: Path, target: Path, within_candidates: bool) -> None:
+    if not source.is_dir():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(source.read_bytes())
+        return
+    for entry in source.iterdir():
+        if not (within_candidates and entry.name.isdecimal()):
+            _copy(entry, target / entry.name, within_candidates)
+
+
+Listing = dict[str, tuple[int, int]]
+"""Path below a folder -> (nanoseconds of its last change, bytes)."""
+
+
+def listing(root: Path) -> Listing:
+    """All files below a folder but hidden ones."""
+    files_ = (path for path in sorted(root.rglob("*")) if path.is_file() and not path.name.startswith("."))
+    return {path.relative_to(root).as_posix(): (path.stat().st_mtime_ns, path.stat().st_size) for path in files_}
+
+
+def push(root: Path, bucket: Path, known: Listing) -> Listing:
+    """Brings files that have changed since `known` was their listing into a bucket, and deletes there what is gone.
+
+    Returns:
+      The listing now.
+    """
+    found = listing(root)
+    for name in (name for name in found if known.get(name) != found[name]):
+        target = bucket / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((root / name).read_bytes())
+    for name in known.keys() - found.keys():
+        (bucket / name).unlink(missing_ok=True)
+    return found

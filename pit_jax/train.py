@@ -5,12 +5,11 @@ one stage, `--config.ppo.kl_coef=0.02` changes a number, `--config=configs/pit_s
 """
 
 import sys
-from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from pit_jax import cli, config as config_lib, processes
+from pit_jax import cli, config as config_lib, files, processes
 from pit_jax.evaluation import pit as pit_evaluation, srt as srt_evaluation
 from pit_jax.pipelines import common, pit, srt
 
@@ -31,7 +30,7 @@ def main(argv: list[str]) -> None:
     """Runs the config; a user's mistake ends in one line on stderr and status 2."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}; fields are set as --config.FIELD=VALUE")
-    workdir = Path(_WORKDIR.value)
+    workdir = files.place(_WORKDIR.value)
     again = ", without --redo," if _REDO.value else ""  # which would delete what was just trained
     with cli.one_line_errors(f"the same command{again} goes on from the last checkpoint in {workdir}"):
         processes.start()

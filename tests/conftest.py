@@ -14,8 +14,9 @@ os.environ["XLA_FLAGS"] = (
 import commands
 import jax
 import pytest
+from etils import epath
 
-from pit_jax import sharding
+from pit_jax import files, sharding
 
 
 def pytest_addoption(parser):
@@ -74,3 +75,13 @@ def finished(tmp_path_factory, worker_id, cache):
 def finished_srt(tmp_path_factory, worker_id, cache):
     """The same of SRT."""
     return finished_run(tmp_path_factory, worker_id, commands.SRT_CONFIG, cache)
+
+
+@pytest.fixture
+def bucket(monkeypatch, tmp_path):
+    """A folder that counts as a bucket. A real one has not been tried."""
+    root, place = tmp_path / "bucket", files.place
+    is_remote = lambda path: str(path).startswith((str(root), "gs://"))  # noqa: E731
+    monkeypatch.setattr(files, "is_remote", is_remote)
+    monkeypatch.setattr(files, "place", lambda name: epath.Path(name) if is_remote(name) else place(name))
+    return epath.Path(root)

@@ -378,3 +378,25 @@ except checkpoint.SaveError as error:
     assert "that of step 3 is kept" in result.stdout and "disk full" in result.stdout
     assert [entry.name for entry in tmp_path.iterdir()] == ["3"], "the space is given back"
     np.testing.assert_array_equal(checkpoint.restore(tmp_path, 3, {"x": np.zeros(10)})["x"], np.ones(10))
+
+
+def test_in_a_bucket_the_manifest_makes_a_checkpoint(bucket):
+
+    for step in (1, 2, 3):
+        checkpoint.save(bucket, step, {"x": np.full(4, float(step))}, keep=2)
+    assert checkpoint.all_steps(bucket) == [2, 3] and not (bucket / "1").exists()
+    (bucket / "3" / "manifest.json").unlink()  # as a kill leaves it
+    step, tree = checkpoint.restore_latest(bucket, {"x": np.zeros(4)})
+    assert step == 2 and tree["x"].tolist() == [2.0] * 4
+    checkpoint.save(bucket, 3, {"x": np.full(4, 9.0)}, keep=2)
+    assert checkpoint.restore(bucket, 3, {"x": np.zeros(4)})["x"].tolist() == [9.0] * 4
+    checkpoint.delete(bucket, 3)
+    assert checkpoint.all_steps(bucket) == [2]
+
+
+def test_places():
+    assert files.place("runs/demo") == Path("runs/demo") and not files.is_remote(Path("runs/demo"))
+    place = files.place("gs://bucket/run") / "models"
+    assert str(place) == "gs://bucket/run/models" and files.is_remote(place)
+    with pytest.raises(ValueError, match="s3://bucket: the buckets of Google Cloud are known"):
+        files.place("s3://bucket")

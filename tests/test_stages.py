@@ -212,3 +212,38 @@ def test_run_stage_runs_once_and_counts_the_seconds_of_all_starts(tmp_path, caps
     assert run_stage(workdir, "r_p", never) == {"accuracy": 0.75, "seconds": 7.0}
     assert capsys.readouterr().out == "r_p: done\n"
     assert [path.name for path in (tmp_path / "w" / "stages").iterdir()] == ["r_p.json"]
+
+
+def test_a_workdir_in_a_bucket(bucket):
+    """Small files are written here and brought there; another machine goes on with them."""
+    config = PitConfig()
+    workdir = Workdir(bucket / "run", config)
+    assert not str(workdir.root).startswith(str(bucket)) and (bucket / "run" / "config.json").is_file()
+    run_stage(workdir, "sft_policy", lambda: {"steps": 3})
+    workdir.save_model("sft_policy", {"x": np.arange(3.0)})
+    candidates = workdir.candidates("r_p")
+    candidates.add(5, {"x": np.arange(2.0)}, {"accuracy": 0.5})
+    (workdir.root / "metrics.jsonl").write_text("{}\n")
+    workdir.push()
+    again = Workdir(bucket / "run", config)
+    assert again.root != workdir.root and again.done("sft_policy")["steps"] == 3
+    assert (again.root / "metrics.jsonl").read_text() == "{}\n" and not (again.root / "models").exists()
+    assert again.load_model("sft_policy", {"x": np.zeros(3)})["x"].tolist() == [0.0, 1.0, 2.0]
+    assert again.model_digest("sft_policy") == workdir.model_digest("sft_policy")
+    assert again.candidates("r_p").all() == {5: {"accuracy": 0.5}}
+    with pytest.raises(ValueError, match="config.seed: 0 -> 1"):
+        Workdir(bucket / "run", dataclasses.replace(config, seed=1))
+    again.discard("sft_policy")
+    there = {path.name for path in Path(str(bucket)).rglob("*") if path.is_file()}
+    assert "sft_policy.json" not in there and not (bucket / "run" / "models" / "sft_policy").exists()
+    assert "discarding.json" not in there and "metrics.jsonl" in there
+    again.candidates("r_p").clear()
+    assert not list(Path(str(bucket)).rglob("candidates/r_p/5"))
+
+
+def test_another_mesh_is_no_other_config(tmp_path):
+    """A run goes on where there are other devices; a trace may be asked for at any time."""
+    config = PitConfig()
+    run_stage(Workdir(tmp_path / "run", config), "data", lambda: {"steps": 0})
+    other = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=4, model=2), profile=3)
+    assert Workdir(tmp_path / "run", other).done("data") is not None

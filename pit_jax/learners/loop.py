@@ -135,6 +135,7 @@ def run(
                 flush()
                 if evaluate_now:
                     evaluate(state, step + 1)
+                writer.sync()
                 saver.save(step + 1, train_state.saved_part(state))
             if number:
                 saver.wait()

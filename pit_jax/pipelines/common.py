@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pit_jax import checkpoint, config as config_lib, optimizers, processes, sampling, sharding, train_state
+from pit_jax import checkpoint, config as config_lib, files, optimizers, processes, sampling, sharding, train_state
 from pit_jax.config import ModelConfig, SamplingConfig, SFTConfig
 from pit_jax.data import (
     batches,
@@ -668,7 +668,7 @@ def open_workdir(root: str | Path, command: str = Context.command, writes: bool 
     Raises:
       ValueError: where it is no workdir, is of another version, or has no data.
     """
-    path = Path(root) / "config.json"
+    path = files.place(root) / "config.json"
     if not path.is_file():
         raise ValueError(f"--workdir={root} has no config.json: name the workdir of a `python -m pit_jax.train`")
     values = read_json(path)
@@ -735,7 +735,7 @@ def run(
             print(f"deleted, as this config has them not: {', '.join(gone)}", flush=True)
         workdir.discard(*later, *gone)
     workdir.claim()
-    context = Context(config, workdir, MetricsWriter(workdir.root), command)
+    context = Context(config, workdir, MetricsWriter(workdir.root, workdir.push), command)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
     check_layout(config, mesh.shape)
     with jax.set_mesh(mesh):

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pit_jax import checkpoint, config as config_lib, processes
+from pit_jax import checkpoint, config as config_lib, files, processes
 from pit_jax.files import read_json, write_json_atomic
 from pit_jax.types import Params
 
@@ -64,13 +64,15 @@ class Workdir:
         Raises:
           ValueError: where something was trained in it with another config; the fields that differ are named.
         """
-        self.shared, self.config = Path(root), config
+        self.shared, self.config = files.place(root), config
         if self.shared.exists() and not self.shared.is_dir():
             raise ValueError(f"--workdir={root} is a file, but must be a folder")
-        if processes.is_first():
+        if processes.is_first() and not files.is_remote(self.shared):
             self.root = self.shared
             self._finish_discarding()
-        self.root = processes.small_files_of(self.shared)
+        self._open()
+        if files.is_remote(self.shared):
+            self._finish_discarding()
         path = self.root / "config.json"
         ours = json.loads(config_lib.to_json(config))
         if path.exists():
@@ -95,15 +97,25 @@ class Workdir:
         """Writes the config: from now on it is that of this workdir."""
         self.root.mkdir(parents=True, exist_ok=True)
         write_json_atomic(self.root / "config.json", json.loads(config_lib.to_json(self.config)))
+        self.push()
+
+    def push(self) -> None:
+        """Brings small files that have changed to where others find them, if that is not where they are."""
+        if files.is_remote(self.shared) and processes.is_first():
+            self._pushed = processes.push(self.root, self.shared, self._pushed)
 
     @classmethod
     def of(cls, root: str | Path, writes: bool = False) -> "Workdir":
         """A workdir as it is; nothing is checked. `writes`: whether small files will be written into it."""
         workdir = cls.__new__(cls)
-        workdir.shared = workdir.root = Path(root)
-        if writes:
-            workdir.root = processes.small_files_of(workdir.shared)
+        workdir.shared = workdir.root = files.place(root)
+        if writes or files.is_remote(workdir.shared):
+            workdir._open()
         return workdir
+
+    def _open(self) -> None:
+        self.root = processes.small_files_of(self.shared)
+        self._pushed = processes.listing(self.root) if files.is_remote(self.shared) else {}
 
     def _holds_work(self) -> bool:
         """Whether a stage is done or has saved a state: a start that failed before that binds nobody."""
@@ -124,9 +136,11 @@ class Workdir:
 
     def fetch(self, folder: str) -> None:
         """Copies a folder that the first process has written alone."""
+        self.push()
+        processes.wait(f"wrote {folder}")
         if not processes.is_first():
             shutil.rmtree(self.root / folder, ignore_errors=True)
-            shutil.copytree(self.shared / folder, self.root / folder)
+            processes.copy_small_files(self.shared / folder, self.root / folder)
         processes.wait(f"fetched {folder}")
 
     def unfinished_feedback(self, stage: str) -> Path:
@@ -141,15 +155,18 @@ class Workdir:
     def finish(self, stage: str, record: dict) -> None:
         """Marks a stage as done."""
         write_json_atomic(self.root / "stages" / f"{stage}.json", record)
+        self.push()
 
     def forget(self, stage: str) -> None:
         """Takes the mark of a stage away, so that it runs again."""
         (self.root / "stages" / f"{stage}.json").unlink()
+        self.push()
 
     def discard(self, *stages: str) -> None:
         """Deletes what stages have left; what a kill leaves of it is deleted when the workdir is opened again."""
         if stages:
             write_json_atomic(self.root / DISCARDING, list(stages))
+            self.push()
             self._finish_discarding()
             processes.wait("discarded")
 
@@ -164,9 +181,12 @@ class Workdir:
             (self.root / "stages" / f"{stage}.seconds.json").unlink(missing_ok=True)
             self.unfinished_feedback(stage).unlink(missing_ok=True)
             (self.root / "feedback" / f"{stage}.jsonl").unlink(missing_ok=True)
-            for folder in STAGE_FOLDERS:  # arrays: in the first process, whose folder is the shared one
+            for folder in STAGE_FOLDERS:
                 shutil.rmtree(self.root / folder / stage, ignore_errors=True)
+                if processes.is_first():
+                    files.remove_tree(self.shared / folder / stage)
         path.unlink()
+        self.push()
 
     def left_by_others(self, names: Sequence[str]) -> list[str]:
         """Rounds and arms, done or not, that have left something and are not among these stages."""
@@ -228,7 +248,7 @@ class Candidates:
         processes.wait("measured")  # by all, with what is about to be deleted
         for stale in checkpoint.all_steps(self.directory) if processes.is_first() else ():
             if stale >= step:
-                shutil.rmtree(self.directory / str(stale))
+                checkpoint.delete(self.directory, stale)
         checkpoint.save(self.directory, step, params, keep=None)
         write_json_atomic(self._path, {str(s): m for s, m in (earlier | {step: measured}).items()})
 
@@ -236,7 +256,7 @@ class Candidates:
         """Deletes the parameters, once one was chosen; nothing where there are none."""
         processes.wait("chosen")
         if processes.is_first():
-            shutil.rmtree(self.directory, ignore_errors=True)
+            files.remove_tree(self.directory)
         shutil.rmtree(self._path.parent, ignore_errors=True)
 
     def load(self, step: int, like: Params) -> Params:
@@ -295,4 +315,5 @@ def run_stage(workdir: Workdir, stage: str, function: Callable[[], dict]) -> dic
     record = {**record, "seconds": before + time.perf_counter() - started}
     workdir.finish(stage, record)
     clock_path.unlink()
+    workdir.push()
     return record
