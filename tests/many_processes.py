@@ -1,26 +1,29 @@
 """One process of several on one machine: every learner on a 2 x 2 mesh of CPU devices.
 
-    python tests/many_processes.py FOLDER DEVICES [die]
+    python tests/many_processes.py FOLDER DEVICES [die | stop]
 
 DEVICES are those of this process; the others are named by the variables of `pit_jax.processes`. The first process
-writes FOLDER/numbers.json; all save and restore FOLDER/checkpoints. With `die` the last process is killed in between.
+writes FOLDER/numbers.json; all save and restore FOLDER/checkpoints. With `die` the last process is killed in between;
+with `stop` there is a training of many short steps alone, in which the last process gets SIGTERM.
 """
 
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={sys.argv[2]} --xla_backend_optimization_level=0"
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from pit_jax import checkpoint, cli, files, metrics, processes, sharding, train_state
 from pit_jax.config import LoraConfig, ModelConfig, PPOConfig
 from pit_jax.data import batches, pairs
-from pit_jax.learners import dpo, ppo, reward_model, sft
+from pit_jax.learners import dpo, loop, ppo, reward_model, sft
 from pit_jax.models import lora
 from pit_jax.models.transformer import ScalarModel, Transformer
 from pit_jax.pipelines.common import init_params
@@ -80,6 +83,24 @@ def main(folder: Path, dies: bool) -> None:
     processes.wait("end")
 
 
+def train(folder: Path) -> None:
+    """200 steps of x -> x + batch; in step 5 the last process gets SIGTERM."""
+
+    def batch_at(step):
+        time.sleep(0.05)
+        if step == 5 and jax.process_index() == jax.process_count() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return sharding.shard_batch(np.full(4, step, np.float32))
+
+    with jax.set_mesh(sharding.make_mesh(2, 2)):
+        step = jax.jit(lambda x, batch: (x + batch, {"loss": (jnp.sum(batch), jnp.float32(1.0))}))
+        writer = metrics.MetricsWriter(processes.own_file(folder / "metrics").parent)
+        loop.run(
+            sharding.shard_batch(np.zeros(4, np.float32)), stage="s", num_steps=200, batch_at=batch_at,
+            train_step=step, directory=folder / "stopped", writer=writer, save_every=1000,
+        )  # fmt: skip
+
+
 def pairs_of(count: int) -> pairs.PairBatch:
     """Pairs of answers to a prompt, as one sequence each."""
     three = zip(rows(count, 2, 5, 4), rows(count, 1, 6, 5), rows(count, 1, 6, 6), strict=True)
@@ -108,4 +129,7 @@ if __name__ == "__main__":
     flags.FLAGS([sys.argv[0]])
     with cli.one_line_errors():
         processes.start()
-        main(Path(sys.argv[1]), sys.argv[3:] == ["die"])
+        if sys.argv[3:] == ["stop"]:
+            train(Path(sys.argv[1]))
+        else:
+            main(Path(sys.argv[1]), sys.argv[3:] == ["die"])

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from pit_jax import checkpoint, processes
+from pit_jax import checkpoint, interrupts, processes
 
 ROOT = Path(__file__).parents[1]
 VARIABLES = (*processes.EXPLICIT, processes.FOUND, "SLURM_STEP_NUM_TASKS")
@@ -103,6 +103,14 @@ def test_the_others_end_where_one_is_killed(tmp_path):
     assert statuses[0] not in (0, None) and statuses[1] == -9
     assert time.monotonic() - since < 60
     assert "error in process 0" in printed[0] and "another process has ended" in printed[0].splitlines()[-1]
+
+
+def test_sigterm_to_one_stops_all_after_the_same_step(tmp_path):
+    statuses, printed = finish(launch(tmp_path, 2, "stop"), tmp_path, 120)
+    assert statuses == [interrupts.RESTART] * 2, "\n".join(printed)[-3000:]
+    step, state = checkpoint.restore_latest(tmp_path / "stopped", np.zeros(4, np.float32))
+    assert 5 < step < 100 and state.tolist() == [sum(range(step))] * 4
+    assert f"step {step} of 200 is saved" in printed[0] and f"step {step} of 200 is saved" in printed[1]
 
 
 def test_variables_that_name_no_run_are_errors():
