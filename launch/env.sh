@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by demo.sh and test.sh: environment variables and the virtual environment in .venv.
+# Sourced by the scripts of this folder: environment variables and the virtual environment in .venv.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="$ROOT/.venv"
@@ -7,6 +7,30 @@ VENV="$ROOT/.venv"
 fail() {
   printf '%s\n' "" "$@" >&2
   exit 1
+}
+
+# A command as one could type it, which then runs; under --dry-run (DRY_RUN=1) it is printed and does not run.
+call() {
+  if [ -n "${DRY_RUN:-}" ]; then
+    printf '+%s\n' "$(quoted "$@")"
+  else
+    printf '+%s\n' "$(quoted "$@")" >&2
+    "$@"
+  fi
+}
+
+# Behind other arguments --dry-run would go to what is to be run, which then does.
+check_dry_run() {
+  local argument
+  for argument in "$@"; do
+    [ "$argument" != --dry-run ] ||
+      fail "--dry-run stands before the other arguments: bash $0 ${COMMAND:+$COMMAND }--dry-run ..."
+  done
+}
+
+# Arguments for another shell to read, each behind a space.
+quoted() {
+  printf ' %q' "$@"
 }
 
 has_accelerator() {
@@ -73,15 +97,16 @@ PYTHON
 }
 
 # install [EXTRA]: the package with the tested versions, unless that (or more) has been done and nothing has changed
-# since. Extras, each within the next: core, report, test, "test,parity".
+# since. Extras, each within the next: core, report, test, "test,parity"; others are within none.
 install() {
-  local extra="${1:-core}" key more
+  local extra="${1:-core}" key more wider="test,parity test report core"
+  [[ " $wider " == *" $extra "* ]] || wider="$extra"
   "$VENV/bin/python" -c 'import pip' 2>/dev/null || make_venv
   check_version "$VENV/bin/python" ||
     fail "$VENV has $("$VENV/bin/python" --version 2>&1), but pit_jax needs Python 3.11 or newer." \
       "Remove that folder and start again."
   key="$(install_key)"
-  for more in test,parity test report core; do
+  for more in $wider; do
     if [ -f "$VENV/.installed-$more" ] && [ "$(cat "$VENV/.installed-$more")" = "$key" ]; then
       return 0
     fi
