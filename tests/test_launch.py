@@ -386,7 +386,9 @@ def until(condition):
     raise AssertionError("that did not happen in ten seconds")
 
 
-WAITS = 'trap \'echo TERM >>"$FAKES/told"; exit 75\' TERM; echo here >>"$FAKES/here"; for _ in {1..600}; do sleep 0.02; done'
+WAITS = """trap 'echo TERM >>"$FAKES/told"; exit 75' TERM
+echo here >>"$FAKES/here"
+for _ in {1..600}; do sleep 0.02; done"""
 
 
 def lines(path):
