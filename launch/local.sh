@@ -78,7 +78,9 @@ pass_on() {
   kill -TERM ${children[@]+"${children[@]}"} 2>/dev/null || true
 }
 
-children=() stopped= pass_on_at=
+children=()
+stopped=
+pass_on_at=
 trap 'stopped=$RESTART; pass_on' USR1
 trap 'stopped=130; pass_on' INT # which what runs in the background does not hear
 # A machine that shuts down tells everyone, and a second SIGTERM ends a training that is still saving.

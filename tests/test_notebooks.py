@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -95,7 +96,7 @@ def test_quick_start(tmp_path, finished):
     """On a finished run, whose training prints its tables again; its flags are those of the fixture."""
     workdir, _ = finished
     copy = tmp_path / "smoke"
-    subprocess.run(["cp", "-r", str(workdir), str(copy)], check=True, timeout=60)
+    shutil.copytree(workdir, copy)
     more = {"PIT_JAX_NOTEBOOK_WORKDIR": str(copy), "PIT_JAX_NOTEBOOK_FLAGS": commands.ADAPTIVE}
     printed = execute("quick_start.ipynb", tmp_path / "here", **more)
     assert "All stages were done before." in printed
