@@ -68,14 +68,32 @@ def test_a_notebook_is_clean(name):
     assert notebook["cells"][0]["cell_type"] == "markdown"
 
 
-def test_nothing_is_installed_where_pit_jax_is(tmp_path):
-    """All begin with the same cell, but for the extras; it calls neither git nor pip here."""
-    first = [re.sub(r'else "[a-z,]+"', "", next(iter(cells(name).values()))) for name in NOTEBOOKS]
-    assert len(set(first)) == 1
-    code = "import subprocess\nsubprocess.run = None\n" + first[0].replace('"report,tpu" if has_tpu', '""')
-    run = [sys.executable, "-c", code]
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_nothing_is_installed_where_pit_jax_is(tmp_path, name):
+    """The first cell calls neither git nor pip."""
+    run = [sys.executable, "-c", "import subprocess\nsubprocess.run = None\n" + cells(name)["install"]]
     result = subprocess.run(run, cwd=tmp_path, env=commands.environment(), capture_output=True, text=True, timeout=60)
     assert result.stdout.startswith(f"pit_jax is in {commands.ROOT}"), result.stderr
+
+
+@pytest.mark.parametrize("repository", ["URL", ""], ids=["known", "unknown"])
+def test_what_is_installed_elsewhere(tmp_path, repository):
+    """As on Colab: nothing is there, and the notebook alone was opened."""
+    here = """
+import importlib.util, subprocess, types
+found = iter([None, types.SimpleNamespace(origin="/checkout/pit_jax/__init__.py")])
+importlib.util.find_spec = lambda name: next(found)
+subprocess.run = lambda command, check: print([x for x in command if x in ("clone", "pip", "URL", "--editable")])
+"""
+    cell = cells("pit_walk_through.ipynb")["install"].replace('REPOSITORY = ""', f"REPOSITORY = {repository!r}")
+    run = [sys.executable, "-c", here + cell]
+    result = subprocess.run(run, cwd=tmp_path, env=commands.environment(), capture_output=True, text=True, timeout=60)
+    if repository:
+        clone, pip, last = result.stdout.splitlines()
+        assert (clone, pip) == ("['clone', 'URL']", "['pip', '--editable']")
+        assert last.startswith("pit_jax is in /checkout, ")
+    else:
+        assert "AssertionError: Set REPOSITORY" in result.stderr
 
 
 def test_pit_walk_through(tmp_path):
