@@ -47,7 +47,8 @@ class ModelConfig:
     tie_embeddings: bool = True
     dtype: str = "float32"  # of activations and matrix products; parameters are float32
     remat: str = "none"  # none, dots (keep matrix products), full
-    attention_block: int = 128  # queries that attend at a time in sequences longer than two such blocks
+    attention: str = "auto"  # of longer sequences: auto (by the devices), blocks, stripes, splash (TPU), cudnn (GPU)
+    attention_block: int = 128  # sequences of up to two such blocks of queries attend at once
     copy_init: float = 0.0  # o starts as this times v transposed, so that heads pass on what they attend to
 
     num_tokens: int = 0  # ids that exist: rows of the tables behind them are padding and get no probability; 0: all
@@ -83,6 +84,8 @@ class ModelConfig:
         _check(self.rope_scaling in known, f"rope_scaling is {self.rope_scaling!r}: use none, linear or llama3")
         for name in ("query_scale", "attention_softcap", "logit_softcap", "sliding_window", "local_rope_theta"):
             _check(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: not below 0")
+        known = ("auto", "blocks", "stripes", "splash", "cudnn")
+        _check(self.attention in known, f"attention is {self.attention!r}: use {', '.join(known[:-1])} or {known[-1]}")
         _positive(self, "attention_block")
         _check(self.global_every >= 0, f"global_every={self.global_every}: not below 0")
         _check(self.global_every != 1, "global_every=1: all layers see all: set sliding_window and global_every to 0")

@@ -13,21 +13,30 @@ from typing import NamedTuple
 # Operations
 
 
-def matmul_flops(jaxpr, while_trips: int = 1) -> float:
+_RUNS = re.compile(r"\bkernel_runs_(\d+)")
+
+
+def matmul_flops(jaxpr, while_trips: int = 1, runs: int = 0) -> float:
     """Operations of a program's matrix products on one device: 2 B M N K for [B, M, K] x [B, K, N].
 
     What is done again for the gradient (remat) counts again. A product is divided by the sizes of all mesh axes along
     which one of its operands lies; one whose operands lie on every device whole is done on every device whole.
 
+    The body of a Pallas kernel counts as often as its grid has steps. A kernel that leaves some out stands in a
+    `jax.named_scope` whose name is kernel_runs_N, and counts N times.
+
     Args:
       jaxpr: `jax.make_jaxpr(f)(...)`, or a traced jit's `.jaxpr`, on the explicit mesh that it is for.
       while_trips: how often the body of a loop runs whose end depends on data (tokens that are sampled).
+      runs: N of the scope that it stands in; 0: none.
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    inner = lambda j: matmul_flops(j, while_trips)  # noqa: E731
     total = 0.0
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
+        scope = _RUNS.search(str(eqn.source_info.name_stack))
+        here = int(scope[1]) if scope else runs
+        inner = lambda j, here=here: matmul_flops(j, while_trips, here)  # noqa: E731
         if name == "dot_general":
             total += _dot_flops(eqn) / _num_shards(eqn.invars)
         elif name == "scan":
@@ -36,6 +45,8 @@ def matmul_flops(jaxpr, while_trips: int = 1) -> float:
             total += while_trips * (inner(params["body_jaxpr"]) + inner(params["cond_jaxpr"]))
         elif name == "cond":
             total += max(inner(branch) for branch in params["branches"])
+        elif name == "pallas_call":
+            total += (here or math.prod(params["grid_mapping"].grid)) * inner(params["jaxpr"])
         else:
             total += sum(inner(j) for value in params.values() for j in _jaxprs_in(value))
     return total
@@ -203,9 +214,12 @@ class Traffic(NamedTuple):
     collectives: list[Collective]
 
 
+KERNELS = ("tpu_custom_call", "__cudnn$")
+"""What targets of custom calls begin with that read and write the main memory; others are annotations."""
+
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
-    "partition-id", "replica-id", "iota", "opt-barrier", "domain", "custom-call",
+    "partition-id", "replica-id", "iota", "opt-barrier", "domain",
 }  # fmt: skip
 
 
@@ -275,6 +289,10 @@ def _group(op: Op) -> int:
 def _hbm_bytes(op: Op, types: dict[str, str], computations: Computations) -> int:
     if op.kind in _FREE or op.kind.endswith("-done"):
         return 0
+    if op.kind == "custom-call":
+        target = re.search(r'custom_call_target="([^"]*)"', op.attributes)
+        if not (target and target[1].startswith(KERNELS)):
+            return 0
     in_hbm = lambda type_: num_bytes(type_, is_in_hbm)  # noqa: E731
     if op.kind in ("copy-start", "slice-start"):  # (source, result, flag), or the like: what is moved is the result
         moved = _ARRAY.findall(op.type)[1]

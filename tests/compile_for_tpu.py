@@ -6,6 +6,7 @@ Prints one JSON line: program -> bytes of temporaries per device. A process of i
 set before jax is imported.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -123,6 +124,18 @@ def main(data: int, model: int, dtype: str, remat: str, chunk_size: int) -> dict
                 f"r_p_{name}": (step, state(reward, optimizer), groups(2, T)),
                 f"r_pit_{name}": (step, state(reward, optimizer), groups(4, 2 * T)),
             }
+        # Those above attend by the kernel: T is above two blocks. These have windows by layers, or cannot do it so.
+        gemma = dataclasses.replace(
+            config, sliding_window=40, global_every=2, attention_softcap=30.0, local_rope_theta=1e3
+        )
+        windows = Transformer(gemma), ScalarModel(gemma)
+        unrolled = ScalarModel(dataclasses.replace(config, attention="blocks"))
+        for name, module in (("windows", windows[1]), ("blocks", unrolled)):
+            step = reward_model.make_train_step(module, adamw, loss="gap")
+            programs[f"r_pit_{name}"] = step, state(parameters(module)), groups(4, 2 * T)
+        step = sft.make_train_step(windows[0], adamw, num_targets=32, chunk_size=chunk_size)
+        policy_of_windows = parameters(windows[0], Transformer.full_logits)
+        programs["sft_windows"] = step, state(policy_of_windows), sft.SFTBatch(tokens)
         if model > 1:  # adapters take the layout of their weights: it is on this mesh that they can go wrong
             dpo_step = dpo.make_train_step(decoder, adamw, beta=0.1, chunk_size=chunk_size)
             programs |= {

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
 
 from pit_jax import cost, sharding
 
@@ -64,6 +65,29 @@ def test_a_product_is_shared_by_the_devices_that_hold_its_parts(left, right, sha
         product = lambda x, y: jnp.einsum("ij,jk->ik", x, y, out_sharding=jax.P(left[0], right[1]))  # noqa: E731
         found = flops(product, on((8, 6), left), on((6, 4), right))
     assert found == 2 * 8 * 6 * 4 / shards
+
+
+def test_the_body_of_a_kernel_counts_as_often_as_it_runs():
+    """A grid of 3 x 2, each a product of 8 x 8 with 8 x 8; where half of that is left out, the scope says so."""
+
+    def kernel(x, y, z):
+        z[...] = x[...] @ y[...]
+
+    block = pl.BlockSpec((8, 8), lambda i, j: (i, j))
+    call = pl.pallas_call(
+        kernel, grid=(3, 2), in_specs=[block, block], out_specs=block, out_shape=f32(24, 16), interpret=True
+    )
+
+    def some(x, y):
+        with jax.named_scope("kernel_runs_4"):
+            return jax.jit(call)(x, y)
+
+    arguments, once = (f32(24, 16), f32(24, 16)), 2 * 8**3
+    assert flops(call, *arguments) == 6 * once
+    assert flops(some, *arguments) == 4 * once
+    looped = lambda x, y: jax.lax.scan(lambda c, _: (some(c, y), None), x, None, length=5)[0]  # noqa: E731
+    assert flops(looped, *arguments) == 5 * 4 * once
+    assert flops(lambda x, y: call(some(x, y), y), *arguments) == (4 + 6) * once
 
 
 HLO = """\
@@ -142,6 +166,22 @@ def test_bytes_and_collectives_by_hand():
     copy = 240  # from the main memory; it goes to the chip's own
     ends = (128 + 32) + (32 + 32)
     assert found.hbm_bytes == 6 * (layer + gathering + update) + copy + ends
+
+
+def test_a_kernel_reads_its_operands_and_writes_its_results():
+    text = """
+ENTRY %main (x: f32[6,10], y: bf16[64]) -> f32[6,10] {
+  %x = f32[6,10]{1,0:T(8,128)} parameter(0)
+  %y = bf16[64]{0} parameter(1)
+  %near = bf16[64]{0:S(1)} copy(%y)
+  %mark = f32[6,10]{1,0} custom-call(%x), custom_call_target="Sharding"
+  %both = (f32[6,10]{1,0:T(8,128)}, bf16[4]{0}) custom-call(%x, %y, %near), custom_call_target="TARGET", backend_config={"custom_call_config": {"body": "TUzvUgFNTElS"}}
+  ROOT %out = f32[6,10]{1,0} get-tuple-element(%both), index=0
+}
+"""  # noqa: E501
+    read, written, copied = 240 + 128, 240 + 8, 128  # what lies on the chip is free
+    for target, moved in (("tpu_custom_call", copied + read + written), ("AllocateBuffer", copied)):
+        assert cost.traffic(text.replace("TARGET", target)).hbm_bytes == moved
 
 
 def test_what_a_ring_sends():

@@ -21,7 +21,8 @@ def test_every_step_compiles_for_a_v4_slice(arguments):
     assert result.returncode == 0, result.stderr[-3000:]
     temporaries = json.loads(result.stdout.splitlines()[-1])
     stages = ("sft", "r_p", "r_pit", "dpo")
-    steps = {"ppo_collect", "ppo_update"} | {f"{stage}_adamw" for stage in stages}
+    steps = {"ppo_collect", "ppo_update", "sft_windows", "r_pit_windows", "r_pit_blocks"}
+    steps |= {f"{stage}_adamw" for stage in stages}
     if arguments[1] == "2":
         steps |= {"dpo_lora", "ppo_collect_lora", "ppo_update_lora"} | {f"{stage}_muon" for stage in stages}
     assert set(temporaries) == steps | {"difference_scores", "generate_with_stop"}

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from pit_jax.config import ModelConfig
+from pit_jax.models.attention import Places, attention, reach_of, self_attention, sight
 from pit_jax.sharding import RULES, AxisRules, gather_weights
 from pit_jax.types import Array
 
@@ -105,106 +106,6 @@ def project(x: Array, weight: Array, spec: jax.P) -> Array:
     return jnp.reshape(out, (B, T, *weight.shape[inner:]), out_sharding=spec)
 
 
-class Places(NamedTuple):
-    """Where tokens stand, which decides who sees whom.
-
-    Attributes:
-      slots: [T] int32, place in the sequence: nothing sees what comes behind it.
-      segments, positions, members: [B, T] int32, as in `Transformer.__call__`.
-    """
-
-    slots: Array
-    segments: Array
-    positions: Array
-    members: Array | None = None
-
-    def cut(self, start: int, stop: int) -> "Places":
-        """Those of the tokens from start to stop."""
-        rows = (None if x is None else x[:, start:stop] for x in self[1:])
-        return Places(self.slots[start:stop], *rows)
-
-
-def sight(queries: Places, keys: Places, reach: Array | None = None) -> Array:
-    """[B, T, S] bool: which keys a query sees.
-
-    Args:
-      queries: T of them.
-      keys: S of them.
-      reach: a key is seen where it stands less than this before the query; None: however far. By positions: between a
-        token and its past may lie padding, or what other rows go on with.
-    """
-    by_query = lambda x: x[:, :, None]  # noqa: E731
-    by_key = lambda x: x[:, None, :]  # noqa: E731
-    seen = queries.slots[:, None] >= keys.slots[None, :]
-    seen &= (by_query(queries.segments) == by_key(keys.segments)) & (by_key(keys.segments) > 0)
-    if queries.members is not None:
-        seen &= (by_query(queries.members) & ~by_key(keys.members)) == 0
-    if reach is not None:
-        seen &= by_query(queries.positions) - by_key(keys.positions) < reach
-    return seen
-
-
-def attention_in_blocks(
-    q: Array, k: Array, v: Array, places: Places, reach: Array | None = None, block: int = 128, **kwargs
-) -> Array:
-    """`attention` of a sequence to itself, `block` queries at a time, each block to what does not come behind it.
-
-    Scores are made again for the gradient, so memory grows with T times `block` and not with T squared, and half of
-    the square is never made:
-
-               keys
-             q # . . .        # made, . not made
-             u # # . .
-             e # # # .
-             r # # # #
-
-    Args:
-      q: [B, T, K, G, H].
-      k, v: [B, T, K, H].
-      places: of the T tokens, whose slots ascend.
-      reach: of `sight`.
-      block: queries at a time; more where there would be over 16 blocks, as each is compiled.
-      **kwargs: of `attention`.
-    """
-
-    @jax.checkpoint
-    def of_block(q, k, v, queries, keys, reach):
-        return attention(q, k, v, sight(queries, keys, reach), **kwargs)
-
-    T = q.shape[1]
-    size = max(block, -(-T // 16))
-    blocks = [
-        of_block(q[:, a:b], k[:, :b], v[:, :b], places.cut(a, b), places.cut(0, b), reach)
-        for a, b in ((a, min(a + size, T)) for a in range(0, T, size))
-    ]
-    return jnp.concatenate(blocks, axis=1)
-
-
-def attention(q: Array, k: Array, v: Array, mask: Array, query_scale: float = 0.0, softcap: float = 0.0) -> Array:
-    """Grouped-query attention.
-
-    Args:
-      q: [B, T, K, G, H].
-      k, v: [B, S, K, H].
-      mask: [B, T, S], true where a query sees a key.
-      query_scale: queries are divided by its square root; 0: by that of H.
-      softcap: scores s become softcap * tanh(s / softcap) (Gemma 2); 0: they stay.
-
-    Returns:
-      [B, T, K, G, H].
-    """
-    B, T, K, G, H = q.shape
-    # The queries of a group are rows of one product with their shared keys: [B, K, G * T, H] x [B, K, H, S].
-    q = (q * (query_scale or H) ** -0.5).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
-    scores = jnp.einsum("bkqh,bskh->bkqs", q, k, preferred_element_type=jnp.float32).reshape(B, K, G, T, -1)
-    if softcap:
-        scores = softcap * jnp.tanh(scores / softcap)
-    scores = jnp.where(mask[:, None, None], scores, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, K, G * T, -1)
-    out = jnp.einsum("bkqs,bskh->bkqh", weights, v).reshape(B, K, G, T, H)
-    return out.transpose(0, 3, 1, 2, 4)
-
-
 class RMSNorm(nn.Module):
     """Root mean square normalisation (Zhang and Sennrich 2019), in float32, times `offset` + scale."""
 
@@ -266,16 +167,15 @@ class Block(nn.Module):
         return out + project(low * cast(self.get_variable("lora", "scale")), adapter["b"], spec)
 
     def _kind(self, layer: Array) -> tuple[Array | None, Array]:
-        """(reach of `sight`, rotary frequencies) of a layer: all in which layers with a window differ from others."""
+        """(whether it sees all, of `reach_of`; rotary frequencies): all in which layers with a window differ."""
         c = self.config
         far, near = rotary_frequencies(c)
         if not c.sliding_window:
             return None, far
         if not c.global_every:
-            return jnp.int32(c.sliding_window), near
+            return None, near
         is_global = (layer + 1) % c.global_every == 0
-        reach = jnp.where(is_global, jnp.iinfo(jnp.int32).max, c.sliding_window)
-        return reach, jnp.where(is_global, far, near)
+        return is_global, jnp.where(is_global, far, near)
 
     @nn.compact
     def __call__(self, carry, queries: Places, keys: Places):
@@ -284,7 +184,7 @@ class Block(nn.Module):
         D, F, K, H = c.d_model, c.mlp_dim, c.num_kv_heads, c.head_dim
         G = c.num_heads // K
         out_scale = (2 * c.num_layers) ** -0.5
-        reach, frequency = self._kind(layer)
+        is_global, frequency = self._kind(layer)
 
         with jax.named_scope("attention"):
             y = self._norm("attention_norm")(x)
@@ -303,10 +203,11 @@ class Block(nn.Module):
             if cache is not None:
                 cache, k, v = _update_cache(cache, layer, k, v)
             how = {"query_scale": c.query_scale, "softcap": c.attention_softcap}
-            if cache is None and x.shape[1] > 2 * c.attention_block:
-                y = attention_in_blocks(q, k, v, queries, reach, c.attention_block, **how)
+            if cache is None:
+                how |= {"kind": c.attention, "window": c.sliding_window, "block": c.attention_block}
+                y = self_attention(q, k, v, queries, is_global, **how)
             else:
-                y = attention(q, k, v, sight(queries, keys, reach), **how)
+                y = attention(q, k, v, sight(queries, keys, reach_of(c.sliding_window, is_global)), **how)
             start = None
             if c.copy_init:
                 # Heads that pass on what they attend to: without this a small model needs several times the steps
@@ -393,7 +294,8 @@ class Transformer(nn.Module):
         Args:
           tokens: [B, T] int32.
           segments: [B, T] int32; positions attend within their own segment only, 0 is padding.
-          positions: [B, T] int32, place in the segment, or in the row: for the rotary embedding and sliding windows.
+          positions: [B, T] int32, place in the segment, or in the row: for the rotary embedding and sliding windows
+            (where a kernel attends, a window counts slots: see `self_attention`).
           cache: keys and values of earlier tokens; T new ones are written at `cache.index`.
           members: [B, T] int32 sets of rows as bits, for rows that share what they begin with (`ScoreBatch`): a token
             attends to those that stand in all of its rows. Not with a cache.

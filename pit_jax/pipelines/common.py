@@ -464,7 +464,7 @@ def check_start(config: Any) -> None:
         )
 
 
-FREE_SIZES = ("vocab_size", "num_tokens", "dtype", "remat", "copy_init", "attention_block")
+FREE_SIZES = ("vocab_size", "num_tokens", "dtype", "remat", "copy_init", "attention", "attention_block")
 """What a config may say otherwise than the converted model that a run starts from; the first two are the model's."""
 
 
