@@ -2,14 +2,28 @@
 
 python -m pit_jax.plan --config=configs/srt_tulu2.py:70b --topology=v4:4x8x8
 python -m pit_jax.plan --config=configs/pit_llama2.py:7b --topology=v4-64 --stages=r_pit,rl_pit --json=plan.json
+python -m pit_jax.plan --config=configs/srt_tulu2.py:7b --topology=v4-128 --stages=dpo --search
+python -m pit_jax.plan --config=configs/pit_llama2.py:7b --smallest
 
 Every program of the config's stages goes through the TPU compiler (the extra `tpu` or `test`, on Linux), for batches
-as long as the windows allow. A program that does not fit is refused by the compiler, which says how much it needs.
+as long as the windows allow. Of a program that does not fit the compiler says how much it needs, and other values of
+the config, other meshes and larger slices are tried until one does: --noremedies leaves that away.
+
+Memory is that of a chip (of a device, locally) while a program runs: `others` are models that lie beside it, as
+ref_policy and reward model in PPO's update. Times are bounds by published rates; MFU counts the operations that the
+mathematics asks for, without those that remat does again, and prefill and decode of a program that samples do not
+overlap.
 
 --topology: v4:4x4x4, v5e:4x4, v5p:2x2x2, v6e:4x4 (chips along each axis), v4-128 (as Cloud TPU names slices of v4 and
-v5p: by TensorCores, two per chip), or local: the devices of this machine.
+v5p: by TensorCores, two per chip), or local: the devices of this machine, with JAX_PLATFORMS=cuda its GPUs.
+--micro_batch: also the largest number of rows at a time of each program.
+--search: ranks meshes and micro-batches of each program by the time per token.
+--smallest: the smallest slice of the chips of --topology on which all programs fit.
+--json=FILE: {config, topology, mesh, chips, programs: [{name, fits, peak_gib, parts, flops, bytes, collectives,
+seconds, mfu, ...}]} and what the other flags found.
 """
 
+import functools
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -21,12 +35,16 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing is held, so 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from pit_jax import cli, config as config_lib, planner
+from pit_jax import cli, config as config_lib, planner, slices
 from pit_jax.files import write_json_atomic
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :VARIANT where it has some.")
 _TOPOLOGY = flags.DEFINE_string("topology", "v4:2x2x1", "Slice to plan for: v4:4x4x4, v4-128, v5e:4x4, local.")
 _STAGES = flags.DEFINE_list("stages", None, "Stages to plan; all by default.")
+_REMEDIES = flags.DEFINE_bool("remedies", True, "Looks for what makes a program fit that does not.")
+_MICRO_BATCH = flags.DEFINE_bool("micro_batch", False, "Also the largest number of rows at a time of each program.")
+_SEARCH = flags.DEFINE_bool("search", False, "Ranks meshes and micro-batches instead.")
+_SMALLEST = flags.DEFINE_bool("smallest", False, "Finds the smallest slice on which all programs fit instead.")
 _JSON = flags.DEFINE_string("json", None, "File for the same numbers.")
 
 
@@ -38,7 +56,14 @@ def main(argv: list[str]) -> None:
         if _CONFIG.value is None:
             raise ValueError("--config=FILE is needed: python -m pit_jax.plan --config=configs/srt_tulu2.py:70b")
         config = config_lib.from_config_dict(config_lib.class_of(_CONFIG.value), _CONFIG.value)
-        found = planner.plan(config, _TOPOLOGY.value, _STAGES.value)
+        say = functools.partial(print, flush=True)
+        if _SMALLEST.value:
+            found = planner.smallest(config, slices.kind_of(_TOPOLOGY.value), _STAGES.value, say=say)
+        else:
+            found = planner.plan(
+                config, _TOPOLOGY.value, _STAGES.value, with_remedies=_REMEDIES.value,
+                with_micro_batches=_MICRO_BATCH.value, with_search=_SEARCH.value, say=say,
+            )  # fmt: skip
         if _JSON.value:
             write_json_atomic(_JSON.value, found)
         misfits = [row["name"] for row in found["programs"] if not row["fits"]]

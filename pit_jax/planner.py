@@ -1,96 +1,22 @@
-"""What the programs of a config take on a slice of TPUs that need not be there: memory, operations, bytes, seconds.
+"""What the programs of a config take on a slice of TPUs: memory, operations, bytes, seconds; and what would do."""
 
-The TPU compiler runs on a CPU machine; `pit_jax.plan` sets the environment that it wants before jax is imported.
-"""
-
+import collections
+import concurrent.futures
 import dataclasses
+import itertools
 import math
 import re
 import time
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-from jax.experimental import topologies
 
-from pit_jax import cost, programs, sharding
+from pit_jax import cost, fitting, programs, sharding, slices
+from pit_jax.fitting import Values
 from pit_jax.pipelines import common
+from pit_jax.slices import GIB, Chip, Place
 from pit_jax.train_state import TrainState
-
-GIB = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What a chip can do, by Google's published figures.
-
-    Attributes:
-      flops: bfloat16 operations per second.
-      hbm_bytes, hbm_bandwidth: bytes, bytes per second.
-      link_bandwidth: bytes per second of one link of the interconnect in one direction.
-      dimensions: axes of the torus: two links along each.
-      options: what the compiler has to be told.
-    """
-
-    flops: float
-    hbm_bytes: float
-    hbm_bandwidth: float
-    link_bandwidth: float
-    dimensions: int
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-CHIPS = {
-    "v4": Chip(275e12, 32 * GIB, 1.2e12, 45e9, 3, {"chip_config_name": "megacore"}),
-    "v5p": Chip(459e12, 95 * GIB, 2.765e12, 90e9, 3, {"chip_config_name": "megacore"}),
-    "v5e": Chip(197e12, 16 * GIB, 0.81e12, 45e9, 2),
-    "v6e": Chip(918e12, 32 * GIB, 1.6e12, 90e9, 2),
-}
-
-SLICES = {
-    8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8", 512: "4x8x8", 1024: "8x8x8",
-    2048: "8x8x16",
-}  # fmt: skip
-"""TensorCores -> chips along each axis, of v4 and v5p: the usual shape of a slice of that size."""
-
-
-def slice_name(text: str) -> tuple[str, tuple[int, ...]]:
-    """Kind and chips along each axis: ("v4", (4, 4, 4)) for "v4:4x4x4" and for "v4-128".
-
-    Raises:
-      ValueError: for others.
-    """
-    advice = "use v4:4x4x4, v5p:2x2x2, v5e:4x4, v6e:4x4 (chips along each axis), v4-128 (TensorCores) or local"
-    if found := re.fullmatch(r"(v4|v5p)-(\d+)", text):
-        if int(found[2]) not in SLICES:
-            sizes = ", ".join(map(str, SLICES))
-            raise ValueError(f"--topology={text}: slices of {found[1]} are known with {sizes} TensorCores, or {advice}")
-        text = f"{found[1]}:{SLICES[int(found[2])]}"
-    kind, _, shape = text.partition(":")
-    if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
-        raise ValueError(f"--topology={text!r}: {advice}")
-    axes = tuple(map(int, shape.split("x")))
-    if len(axes) != CHIPS[kind].dimensions or not all(axes):
-        raise ValueError(f"--topology={text}: {kind} has {CHIPS[kind].dimensions} axes, all above 0; {advice}")
-    return kind, axes
-
-
-def devices_of(kind: str, axes: tuple[int, ...]) -> list:
-    """Devices for which the compiler works, none of which exists."""
-    hosts = (2, 2, 1) if len(axes) == 3 else (2, 2)
-    bounds = tuple(min(a, b) for a, b in zip(axes, hosts, strict=True))
-    bounds += (1,) * (3 - len(bounds))
-    try:
-        topology = topologies.get_topology_desc(
-            f"{kind}:{'x'.join(map(str, axes))}", platform="tpu", chips_per_host_bounds=bounds, num_slices=1,
-            **CHIPS[kind].options,
-        )  # fmt: skip
-    except Exception as error:  # jaxlib raises types of its own
-        raise ValueError(
-            f"the TPU compiler does not know {kind}:{'x'.join(map(str, axes))} ({str(error).splitlines()[0]}): is "
-            'libtpu installed (pip install "pit_jax[tpu]", Linux on x86-64), and is there such a slice?'
-        ) from error
-    return list(topology.devices)
-
 
 # ----------------------------------------------------------------------------------------------------------- numbers
 
@@ -105,17 +31,29 @@ def bytes_per_device(tree) -> int:
     return total
 
 
-def held(arguments: tuple) -> dict[str, int]:
-    """Bytes per device of a program's arguments: parameters (of all models), optimizer, batch."""
+def held(program: programs.Program) -> dict[str, int]:
+    """Bytes per device of what a program is given: parameters (of all its models), optimizer, cache, batch.
+
+    `others` are the models that lie beside it.
+    """
+    arguments = program.arguments
     states = [x for x in jax.tree.leaves(arguments, is_leaf=_is_state) if _is_state(x)]
     optimizer = sum(bytes_per_device(s.opt_state) for s in states)
     parameters = sum(bytes_per_device(s.params) for s in states)
     parameters += sum(bytes_per_device(a) for a in arguments if isinstance(a, dict))
-    return {
-        "parameters": parameters,
+    parts = {
+        "parameters": parameters - bytes_per_device(program.shared),
         "optimizer": optimizer,
+        "cache": bytes_per_device(program.cache),
         "batch": bytes_per_device(arguments) - parameters - optimizer,
+        "others": bytes_per_device(program.beside),
     }
+    return {name: size for name, size in parts.items() if size}
+
+
+def least_bytes(program: programs.Program) -> int:
+    """What a device holds whatever the compiler does: `held`, and the gradients."""
+    return sum(held(program).values()) + bytes_per_device(program.gradients)
 
 
 def _is_state(x) -> bool:
@@ -131,111 +69,481 @@ def collective_seconds(collective: cost.Collective, chip: Chip, axes: tuple[int,
     return collective.bytes_sent / (2 * max(used, 1) * chip.link_bandwidth)
 
 
-def needed(error: Exception) -> tuple[float, str]:
+def needed(error: Exception) -> tuple[float | None, str]:
     """(GiB that a refused program needs, what the compiler said)."""
     text = str(error)
     found = re.search(r"Used ([\d.]+)([GMK]) of ([\d.]+)G hbm", text)
     scale = {"G": 1.0, "M": 1 / 1024, "K": 1 / 1024**2}
-    return (float(found[1]) * scale[found[2]] if found else math.nan), found[0] if found else text.splitlines()[0]
+    return (float(found[1]) * scale[found[2]] if found else None), found[0] if found else text.splitlines()[0]
 
 
-def measure(program: programs.Program, num_chips: int, chip: Chip | None, axes: tuple[int, ...]) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """A program on its way to the compiler, which needs no mesh and no Python any more."""
+
+    program: programs.Program
+    jaxpr: Any
+    stage: Any
+
+
+def lowered(program: programs.Program) -> Lowered:
+    """Traces a program; the mesh that it is for is set."""
+    traced = program.function.trace(*program.arguments)
+    return Lowered(program, traced.jaxpr, traced.lower())
+
+
+def measure(made: Lowered, place: Place) -> dict[str, Any]:
     """Compiles a program; what it holds, moves and takes on one device.
 
     Returns:
       name, fits, peak_gib, parts (GiB by what they are for), flops, model_flops (of all devices), bytes, collectives,
-      seconds (the largest of compute, memory and interconnect; and their sum), mfu, compile_seconds.
+      seconds (the largest of compute, memory and interconnect, of each phase of a program that samples; and their
+      sum), mfu, compile_seconds.
     """
     started = time.time()
-    parts = held(program.arguments)
-    row: dict[str, Any] = {"name": program.stage, "tokens": program.num_tokens}
-    traced = program.function.trace(*program.arguments)
-    flops = cost.matmul_flops(traced.jaxpr, while_trips=program.while_trips)
-    row |= {"flops": flops, "model_flops": program.model_flops}
+    program, chip = made.program, place.chip
+    parts = held(program)
+    flops = lambda trips: cost.matmul_flops(made.jaxpr, while_trips=trips)  # noqa: E731
+    row: dict[str, Any] = {
+        "name": program.stage, "tokens": program.num_tokens, "flops": flops(program.while_trips),
+        "model_flops": program.model_flops,
+    }  # fmt: skip
     try:
-        compiled = traced.lower().compile()
+        compiled = made.stage.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         peak, said = needed(error)
+        beside = parts.get("others", 0) / GIB
         return row | {
-            "fits": False, "peak_gib": peak, "said": said, "parts": {k: v / GIB for k, v in parts.items()},
-            "compile_seconds": time.time() - started,
+            "fits": False, "peak_gib": peak and peak + beside, "said": said,
+            "parts": {name: size / GIB for name, size in parts.items()}, "compile_seconds": time.time() - started,
         }  # fmt: skip
     memory = compiled.memory_analysis()
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    peak += parts.get("others", 0) - bytes_per_device(program.shared)
     parts["temporaries"] = peak - sum(parts.values())
-    moved = cost.traffic(compiled.as_text(), program.while_trips)
+    text = compiled.as_text()
+    moved = cost.traffic(text, program.while_trips)
     row |= {
-        "fits": chip is None or peak < chip.hbm_bytes,
+        "fits": peak <= place.hbm_bytes,
         "peak_gib": peak / GIB,
-        "parts": {k: v / GIB for k, v in parts.items()},
+        "parts": {name: size / GIB for name, size in parts.items()},
         "bytes": moved.hbm_bytes,
         "collectives": [dataclasses.asdict(c) for c in moved.collectives],
         "compile_seconds": time.time() - started,
     }
     if chip is None:
         return row
-    seconds = {
+    whole = seconds_of(row["flops"], moved, chip, place.axes)
+    bound = max(whole.values())
+    if program.while_trips:
+        rest = seconds_of(flops(0), cost.traffic(text, 0), chip, place.axes)
+        decode = {name: whole[name] - rest[name] for name in whole}
+        before = "prefill" if isinstance(program.arguments[0], dict) else "prefill, log-probs, scores, values"
+        row["phases"] = {before: rest, f"decode of {program.while_trips} tokens": decode}
+        bound = sum(max(phase.values()) for phase in row["phases"].values())
+    return row | {
+        "seconds": bound,
+        "seconds_without_overlap": sum(whole.values()),
+        "seconds_of": whole,
+        "mfu": program.model_flops / (len(place.devices) * chip.flops * bound),
+    }
+
+
+def seconds_of(flops: float, moved: cost.Traffic, chip: Chip, axes: tuple[int, ...]) -> dict[str, float]:
+    """Computing, main memory and interconnect, each alone at its published rate."""
+    return {
         "compute": flops / chip.flops,
         "memory": moved.hbm_bytes / chip.hbm_bandwidth,
         "interconnect": sum(collective_seconds(c, chip, axes) for c in moved.collectives),
     }
-    bound = max(seconds.values())
-    return row | {
-        "seconds": bound,
-        "seconds_without_overlap": sum(seconds.values()),
-        "seconds_of": seconds,
-        "mfu": program.model_flops / (num_chips * chip.flops * bound),
-    }
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
 
 
 def describe(row: dict[str, Any]) -> str:
-    """A line of the table."""
-    parts = ", ".join(f"{name} {gib:.2f}" for name, gib in row["parts"].items())
+    """Lines of the table."""
+    parts = ", ".join(f"{name} {gib:.2f}" for name, gib in row.get("parts", {}).items())
+    peak = "" if row["peak_gib"] is None else f"{row['peak_gib']:.2f}"
     if not row["fits"]:
-        return f"{row['name']:<28}{row['peak_gib']:>8.2f}  does NOT fit ({row.get('said', '')}; {parts})"
-    line = f"{row['name']:<28}{row['peak_gib']:>8.2f}  ({parts})"
+        said = "; ".join(filter(None, (row.get("said", ""), parts)))
+        return f"{row['name']:<28}{peak:>8}  does NOT fit ({said})"
+    line = f"{row['name']:<28}{peak:>8}  ({parts})"
     if "mfu" not in row:
         return line
-    of = row["seconds_of"]
-    line += f"\n{'':<28}{row['seconds']:>8.3f} s at best, MFU {row['mfu']:.0%}"
-    line += f" (compute {of['compute']:.3f}, memory {of['memory']:.3f}, interconnect {of['interconnect']:.3f} s;"
+    three = lambda of: ", ".join(f"{name} {seconds:.3f}" for name, seconds in of.items())  # noqa: E731
+    line += f"\n{'':<28}{row['seconds']:>8.3f} s at best, MFU {row['mfu']:.0%} ({three(row['seconds_of'])} s;"
     line += f" one after the other {row['seconds_without_overlap']:.3f} s)"
+    for name, of in row.get("phases", {}).items():
+        line += f"\n{'':<28}{max(of.values()):>8.3f} s {name} ({three(of)} s)"
     sent = ", ".join(f"{c['kind']} {c['bytes'] / GIB:.2f} GiB over {c['group']}" for c in row["collectives"][:4])
     return line + (f"\n{'':<28}{sent}" if sent else "")
 
 
-def plan(config: Any, topology: str, stages: list[str] | None = None) -> dict[str, Any]:
+def together(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each stage of several programs: what it holds on a chip at most, with all its models."""
+    stages = collections.defaultdict(list)
+    for row in rows:
+        stages[row["name"].partition(":")[0]].append(row)
+    lines = []
+    for stage, group in stages.items():
+        known = [row for row in group if row["peak_gib"] is not None]
+        if len(group) > 1 and known:
+            top = max(known, key=lambda row: row["peak_gib"])
+            models = sum(top["parts"].get(name, 0) for name in ("parameters", "others"))
+            states = f"all its models {models:.2f}, optimizers {top['parts'].get('optimizer', 0):.2f}"
+            lines.append(f"{stage + ' together':<28}{top['peak_gib']:>8.2f}  in {top['name']} ({states})")
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------------------ programs
+
+
+def on_place(config: Any, place: Place) -> jax.sharding.Mesh:
+    """The mesh of a config.
+
+    Raises:
+      ValueError: where it does not divide the devices, or the models not the mesh.
+    """
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.model, devices=place.devices)
+    common.check_layout(config, dict(mesh.shape))
+    return mesh
+
+
+def makers_of(config: Any, mesh: jax.sharding.Mesh, stages: Sequence[str] | None) -> dict[str, Callable]:
+    """`programs.programs` of some stages, all by default.
+
+    Raises:
+      ValueError: for a stage that there is not.
+    """
+    makers = programs.programs(config, mesh)
+    if unknown := set(stages or ()) - set(makers):
+        raise ValueError(f"--stages names {', '.join(sorted(unknown))}: use {', '.join(makers)}")
+    return {stage: make for stage, make in makers.items() if not stages or stage in stages}
+
+
+def made_programs(config: Any, place: Place, stages: Sequence[str] | None = None) -> list[programs.Program]:
+    """The programs of some stages of a config, not traced yet."""
+    mesh = on_place(config, place)
+    with jax.set_mesh(mesh):
+        return [program for make in makers_of(config, mesh, stages).values() for program in make()]
+
+
+def measured(config: Any, place: Place, stages: Sequence[str] | None, say: Callable[[str], None]) -> list[dict]:
+    """Rows of all programs, each said as it is known; two are in the compiler at a time."""
+    rows: list[dict] = []
+    mesh = on_place(config, place)
+    waiting: collections.deque = collections.deque()
+
+    def take():
+        rows.append(waiting.popleft().result())
+        say(describe(rows[-1]))
+
+    with jax.set_mesh(mesh), concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for make in makers_of(config, mesh, stages).values():
+            for program in make():
+                waiting.append(pool.submit(measure, lowered(program), place))
+                while waiting and (len(waiting) > 2 or waiting[0].done()):
+                    take()
+        while waiting:
+            take()
+    return rows
+
+
+def measured_alone(config: Any, place: Place, program: programs.Program) -> dict[str, Any]:
+    """The row of one program of `made_programs`."""
+    with jax.set_mesh(on_place(config, place)):
+        made = lowered(program)
+    return measure(made, place)
+
+
+class Asker:
+    """What one program takes with other values of the config and in other places; each is compiled once.
+
+    Attributes:
+      compiled: programs that went through the compiler so far.
+    """
+
+    def __init__(self, config: Any, name: str, say: Callable[[str], None], most: int = 24):
+        """Args:
+        config, name: of the program.
+        say: prints a line.
+        most: programs that are compiled; after that nothing more fits.
+        """
+        self.config, self.name, self.compiled = config, name, 0
+        self._say, self._most, self._known = say, most, {}
+
+    def __call__(self, place: Place, values: Values) -> dict:
+        """A row of `measure`; of what cannot be, or cannot fit, without compiling it."""
+        key = place.name, tuple(sorted(values.items()))
+        if key not in self._known:
+            row = self._known[key] = self._ask(place, values)
+            peak = "" if row["peak_gib"] is None else f"{row['peak_gib']:.2f} GiB, "
+            fits = "fits" if row["fits"] else f"does not fit ({row.get('said', 'with what lies beside it')})"
+            self._say(f"  tried {' '.join(filter(None, (place.name, fitting.flags(values))))}: {peak}{fits}")
+        return self._known[key]
+
+    def _ask(self, place: Place, values: Values) -> dict:
+        refused = {"name": self.name, "fits": False, "peak_gib": None}
+        try:
+            config = fitting.changed(self.config, values)
+            found = made_programs(config, place, [self.name.partition(":")[0]])
+        except ValueError as error:
+            return refused | {"said": str(error)}
+        program = next(p for p in found if p.stage == self.name)
+        least = least_bytes(program)
+        if least > place.hbm_bytes:
+            return refused | {"peak_gib": least / GIB, "said": "models, optimizer, gradients and cache alone"}
+        if self.compiled >= self._most:
+            return refused | {"said": f"not tried: {self._most} programs were compiled"}
+        self.compiled += 1
+        return measured_alone(config, place, program)
+
+
+def meshes_of(config: Any, place: Place) -> list[Values]:
+    """The config's own mesh first, then others over which its models can be cut: more along `model`, then less."""
+    num, own = len(place.devices), config.mesh.model
+    fixed = config.mesh.data not in (0, num // own)
+    sizes = fitting.model_axes(config, num)
+    others = [n for n in sizes if n > own] + [n for n in reversed(sizes) if n < own + fixed]
+    return [{}, *({"mesh.data": num // n, "mesh.model": n} for n in others)]
+
+
+def axes_of(config: Any, place: Place, values: Values) -> tuple[int, int]:
+    """(data, model) with these values."""
+    mesh = fitting.changed(config, values).mesh
+    return mesh.data or max(len(place.devices) // mesh.model, 1), mesh.model
+
+
+def remedy(config: Any, place: Place, name: str, say: Callable[[str], None]) -> dict | None:
+    """What makes a program fit: other values, another mesh, a larger slice, whichever comes first.
+
+    Returns:
+      {topology, values, flags, row}, or None where nothing does that is known here.
+    """
+    program = next(p for p in made_programs(config, place, [name.partition(":")[0]]) if p.stage == name)
+    ask = Asker(config, name, say)
+    chips = len(place.devices)
+    least = math.ceil(least_bytes(program) * chips / place.hbm_bytes) if place.chip else 0
+    larger = slices.of_kind(slices.kind_of(place.name), max(chips, least - 1)) if place.chip else []
+    here = [(place, mesh) for mesh in meshes_of(config, place)] if least <= chips else []
+    elsewhere = ((other, mesh) for other in map(slices.place_of, larger) for mesh in meshes_of(config, other))
+
+    def levers(where: tuple[Place, Values]) -> list[fitting.Lever]:
+        data, _ = axes_of(config, *where)
+        return fitting.levers(config, program.settings, program.model, name, data)
+
+    fits = lambda where, values: ask(where[0], where[1] | values)["fits"]  # noqa: E731
+    found = fitting.first_place(itertools.chain(here, elsewhere), levers, fits)
+    if found is None:
+        return None
+    (where, mesh), values = found
+    values = mesh | values
+    row = ask(where, values)
+    return {"topology": where.name, "values": values, "flags": fitting.flags(values), "row": row}
+
+
+def micro_batch(config: Any, place: Place, program: programs.Program, say: Callable[[str], None]) -> dict:
+    """The largest number of rows at a time that fits, of each device of the axis data.
+
+    Returns:
+      {name, rows, batch (of all devices), gib}.
+    """
+    group, path = programs.field(config, program.settings), program.settings
+    data, _ = axes_of(config, place, {})
+    kind = program.stage.rpartition(": ")[2]
+
+    def values(rows: int) -> Values:
+        if hasattr(group, "rollout_size"):
+            return {f"{path}.rollout_size": rows * data * group.num_minibatches, f"{path}.samples_per_prompt": 1}
+        if not hasattr(group, "accumulation"):
+            return {f"{path}.batch_size": rows * data}
+        # A second piece brings the sum of gradients, which has a place of its own.
+        pieces = 1 if kind == "log-probs" else min(group.accumulation, 2)
+        return {f"{path}.batch_size": rows * data * pieces, f"{path}.accumulation": pieces}
+
+    ask = Asker(config, program.stage, say)
+
+    def gib(rows: int) -> tuple[bool, float | None]:
+        row = ask(place, values(rows))
+        return row["fits"], row["peak_gib"]
+
+    rows = fitting.most_rows(gib, place.hbm_bytes / GIB).rows
+    row = ask(place, values(rows)) if rows else {}
+    return {"name": program.stage, "rows": rows, "batch": rows * data, "peak_gib": row.get("peak_gib")}
+
+
+def search(config: Any, place: Place, program: programs.Program, say: Callable[[str], None]) -> list[dict]:
+    """Rows of a program on all meshes and with all micro-batches, the fastest per token first."""
+    ask = Asker(config, program.stage, say, most=64)
+    candidates = fitting.candidates(config, program.settings, len(place.devices))
+    found = fitting.search(candidates, lambda one: ask(place, one.values))
+    return [
+        row | {"data": c.data, "model": c.model, "rows": c.rows, "flags": fitting.flags(c.values)} for c, row in found
+    ]
+
+
+def describe_search(rows: Iterable[dict]) -> str:
+    """The table of `search`."""
+    lines = [f"{'data x model':<16}{'rows':>6}{'GiB':>8}{'us per token':>14}{'MFU':>6}"]
+    for row in rows:
+        peak = "" if row["peak_gib"] is None else f"{row['peak_gib']:.2f}"
+        line = f"{row['data']:>5} x {row['model']:<8}{row['rows']:>6}{peak:>8}"
+        if row["fits"]:
+            line += f"{1e6 * fitting.seconds_per_token(row):>14.3f}{row['mfu']:>6.0%}  {row['flags']}"
+        else:
+            line += f"  does not fit ({row.get('said', '')})"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def smallest(
+    config: Any, kind: str, stages: Sequence[str] | None = None, *, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """The smallest usual slice on which all programs of a config fit, with what has to be changed for that.
+
+    What cannot fit is ruled out by models, optimizers, gradients and caches; the rest is compiled, that which holds
+    most first. A program that does not fit gets more pieces, remat or smaller chunks, and then the others do too.
+
+    Returns:
+      As `plan`, with "values" and "flags" of what is changed.
+
+    Raises:
+      ValueError: where there is none.
+    """
+    for topology in slices.of_kind(kind):
+        place = slices.place_of(topology)
+        for mesh in meshes_of(config, place):
+            found = _all_fit(config, place, mesh, stages, say)
+            if found is None:
+                continue
+            values, rows = found
+            shape, typed = dict(on_place(fitting.changed(config, values), place).shape), fitting.flags(values)
+            say(
+                f"the smallest slice is {topology}, {len(place.devices)} chips of {place.hbm_bytes / GIB:.2f} GiB; "
+                f"mesh data={shape['data']} x model={shape['model']}, with {typed or 'the config as it is'}"
+            )
+            for line in (*map(describe, rows), *together(rows)):
+                say(line)
+            return {
+                "config": config.name, "topology": topology, "chips": len(place.devices), "mesh": shape,
+                "programs": rows, "values": values, "flags": typed,
+            }  # fmt: skip
+    raise ValueError(f"{config.name} fits on no slice of {kind} that is known here: {', '.join(slices.of_kind(kind))}")
+
+
+def _all_fit(config: Any, place: Place, values: Values, stages, say) -> tuple[Values, list[dict]] | None:
+    name = " ".join(filter(None, (place.name, fitting.flags(values))))
+    try:
+        found = made_programs(fitting.changed(config, values), place, stages)
+    except ValueError as error:
+        say(f"{name}: {error}")
+        return None
+    largest = max(found, key=least_bytes)
+    least = least_bytes(largest)
+    if least > place.hbm_bytes:
+        say(f"{name}: {largest.stage} has {least / GIB:.2f} GiB of models, optimizer, gradients and cache alone")
+        return None
+    say(f"{name}: compiling")
+    askers = {p.stage: Asker(config, p.stage, say) for p in found}
+    data, _ = axes_of(config, place, values)
+
+    def of(program: programs.Program, values: Values) -> dict:
+        """Fields of other programs leave it as it is: it need not be compiled again for them."""
+        own = (program.settings, program.model, "mesh", "reward_model")
+        return askers[program.stage](
+            place, {k: v for k, v in values.items() if k.startswith(tuple(f"{x}." for x in own))}
+        )
+
+    for program in sorted(found, key=least_bytes, reverse=True):
+        if of(program, values)["fits"]:
+            continue
+        levers = fitting.levers(fitting.changed(config, values), program.settings, program.model, program.stage, data)
+        turned = fitting.turned(levers, lambda more, p=program, now=values: of(p, now | more)["fits"])
+        if turned is None:
+            return None
+        values = values | turned
+    return values, [of(program, values) for program in found]
+
+
+# ---------------------------------------------------------------------------------------------------------------- plan
+
+
+def plan(
+    config: Any,
+    topology: str,
+    stages: Sequence[str] | None = None,
+    *,
+    with_remedies: bool = False,
+    with_micro_batches: bool = False,
+    with_search: bool = False,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
     """Compiles the programs of a config's stages, and prints a line for each as it is known.
+
+    Args:
+      config: of a run.
+      topology: as `place_of` takes it.
+      stages: all by default.
+      with_remedies: also looks for what makes those fit that do not.
+      with_micro_batches: also the largest micro-batch of each.
+      with_search: instead of all that, ranks meshes and micro-batches.
+      say: prints a line.
 
     Raises:
       ValueError: for a topology or a stage that there is not, and a mesh that does not divide the devices.
     """
-    chip, axes = None, ()
-    if topology == "local":
-        devices = jax.devices()
-    else:
-        kind, axes = slice_name(topology)
-        chip, devices = CHIPS[kind], devices_of(kind, axes)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.model, devices=devices)
-    shape = dict(mesh.shape)
-    common.check_layout(config, shape)
-    print(f"{config.name} on {topology}: {len(devices)} devices, mesh data={shape['data']} x model={shape['model']}")
-    if chip:
-        print(f"{'program':<28}{'GiB':>8}  of {chip.hbm_bytes / GIB:.0f} per chip")
-    rows = []
-    with jax.set_mesh(mesh):
-        makers = programs.programs(config, mesh)
-        unknown = set(stages or ()) - set(makers)
-        if unknown:
-            raise ValueError(f"--stages names {', '.join(sorted(unknown))}: use {', '.join(makers)}")
-        for stage, make in makers.items():
-            if stages and stage not in stages:
-                continue
-            for program in make():
-                row = measure(program, len(devices), chip, axes)
-                rows.append(row)
-                print(describe(row), flush=True)
-    return {"config": config.name, "topology": topology, "mesh": shape, "chips": len(devices), "programs": rows}
+    place = slices.place_of(topology)
+    limit = f" of {place.hbm_bytes / GIB:.2f} per chip" if math.isfinite(place.hbm_bytes) else ""
+    found: dict[str, Any] = {"config": config.name, "topology": topology, "chips": len(place.devices)}
+    if with_search:
+        if place.chip is None:
+            raise ValueError("--search ranks by what chips can do at best: name a slice, as --topology=v4-128")
+        say(f"{config.name} on {topology}: {len(place.devices)} devices{limit and ', GiB' + limit}")
+        named = _on_any_mesh(config, place, stages)
+        found |= {"programs": [], "search": {program.stage: search(config, place, program, say) for program in named}}
+        for name, rows in found["search"].items():
+            say(f"{name}\n{describe_search(rows)}")
+        return found
+    shape = dict(on_place(config, place).shape)
+    say(
+        f"{config.name} on {topology}: {len(place.devices)} devices, mesh data={shape['data']} x model={shape['model']}"
+    )
+    if limit:
+        say(f"{'program':<28}{'GiB':>8} {limit}")
+    rows = measured(config, place, stages, say)
+    for line in together(rows):
+        say(line)
+    found |= {"mesh": shape, "programs": rows}
+    misfits = [row["name"] for row in rows if not row["fits"]]
+    if with_remedies and misfits:
+        found["remedies"] = {}
+        for name in misfits:
+            say(f"what makes {name} fit:")
+            made = found["remedies"][name] = remedy(config, place, name, say)
+            if made is None:
+                say(f"{name}: nothing that was tried")
+            else:
+                typed = " ".join(filter(None, (f"--topology={made['topology']}", made["flags"])))
+                say(f"{name} fits with {typed}\n{describe(made['row'])}")
+    if with_micro_batches:
+        found["micro_batches"] = []
+        for program in made_programs(config, place, stages):
+            most = micro_batch(config, place, program, say)
+            found["micro_batches"].append(most)
+            say(f"{most['name']}: {most['rows']} rows at a time on a device of the axis data, {most['batch']} on all")
+    return found
+
+
+def _on_any_mesh(config: Any, place: Place, stages: Sequence[str] | None) -> list[programs.Program]:
+    """The programs, which have the same names on every mesh: the config's own need not be one that does."""
+    error: ValueError | None = None
+    for values in meshes_of(config, place):
+        try:
+            return made_programs(fitting.changed(config, values), place, stages)
+        except ValueError as one:
+            error = error or one
+    raise error

@@ -5,6 +5,7 @@ every batch is as long as the config's windows allow.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,27 +14,20 @@ import jax.numpy as jnp
 import optax
 
 from pit_jax import optimizers, sharding, train_state
-from pit_jax.config import (
-    DPOConfig,
-    ModelConfig,
-    OptimizerConfig,
-    PitConfig,
-    PPOConfig,
-    RewardModelConfig,
-    SamplingConfig,
-    SFTConfig,
-    SrtConfig,
-)
+from pit_jax.config import ModelConfig, OptimizerConfig, PitConfig, SamplingConfig, SrtConfig
 from pit_jax.data import batches
 from pit_jax.data.pairs import PairBatch
 from pit_jax.learners import dpo, ppo, reward_model, sft
 from pit_jax.models import lora
-from pit_jax.models.transformer import ScalarModel, Transformer
+from pit_jax.models.transformer import ScalarModel, Transformer, init_cache
 from pit_jax.pipelines import common
-from pit_jax.types import Params, PromptBatch, ScoreBatch, TokenBatch
+from pit_jax.types import Params, PromptBatch, Rollout, ScoreBatch, TokenBatch
 
 FORM = 32
 """Tokens that templates add to a prompt, at most: control symbols and the words around them."""
+
+EOS, STOP = 2, (5, 6, 7)
+"""Ids that end an answer, and those that a critique begins with: which ones is of no consequence here."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,20 +35,36 @@ class Program:
     """One compiled function of a stage.
 
     Attributes:
-      stage: whose it is.
+      stage: whose it is; behind a colon which of them.
+      settings, model: fields of the config: with its batch size, with the sizes of what it trains or samples from.
       function: jitted.
       arguments: arrays without values, in their layout on the mesh that is set.
       model_flops: operations that the mathematics asks for, on all devices together: no second forward pass of remat.
       num_tokens: positions of a call.
-      while_trips: tokens that are sampled, at most.
+      while_trips: tokens that are sampled, at most; 0: none are.
+      cache: keys and values that it makes room for.
+      gradients: what they are taken of, at a time.
+      beside: what lies on the devices while it runs and is no argument.
+      shared: arguments that are held once and given twice.
     """
 
     stage: str
+    settings: str
+    model: str
     function: Callable
     arguments: tuple
     model_flops: float
     num_tokens: int
-    while_trips: int = 1
+    while_trips: int = 0
+    cache: Any = None
+    gradients: Any = None
+    beside: tuple = ()
+    shared: tuple = ()
+
+
+def field(config: Any, path: str) -> Any:
+    """`config.a.b` for "a.b"."""
+    return functools.reduce(getattr, path.split("."), config)
 
 
 def num_matrix_parameters(config: ModelConfig) -> tuple[int, int]:
@@ -98,11 +108,28 @@ class _Maker:
         self.answer = data.response_window
         self.policy_prompt = data.prompt_window + FORM
         self.pit_prompt = data.prompt_window + data.response_window + FORM
+        self.key = self.array(dtype=jax.eval_shape(lambda: jax.random.key(0)).dtype)
 
     def array(self, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         """With its first axis along the batch."""
         spec = sharding.RULES.spec("batch", *[None] * (len(shape) - 1)) if shape else jax.P()
         return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(self.mesh, spec))
+
+    def rows(self, settings: str, size: str, pieces: str = "") -> int:
+        """The batch size that a field of `settings` holds.
+
+        Raises:
+          ValueError: where the devices of the batch axis do not get as many rows each, of each of its pieces.
+        """
+        group, data = field(self.config, settings), self.mesh.shape["data"]
+        found, parts = getattr(group, size), getattr(group, pieces) if pieces else 1
+        if found % (parts * data):
+            cut = f" in {parts} pieces ({pieces})" if parts > 1 else ""
+            raise ValueError(
+                f"config.{settings}.{size}={found}{cut} is no multiple of the {data} devices of the mesh's axis data: "
+                f"set it to one, or config.mesh.data to a divisor of {found // parts}"
+            )
+        return found
 
     def params(self, module: Transformer | ScalarModel, adapted: bool = False) -> Params:
         params = common.shapes(module)
@@ -115,81 +142,123 @@ class _Maker:
         start = lambda p: train_state.TrainState(jnp.int32(0), p, optimizer.init(lora.trained(p)))  # noqa: E731
         return on_mesh(jax.eval_shape(start, params), self.mesh)
 
-    def likelihood(self, stage: str, sizes: ModelConfig, settings: SFTConfig, row: int, num_targets: int) -> Program:
+    def cache(self, sizes: ModelConfig, rows: int, length: int):
+        return on_mesh(jax.eval_shape(lambda: init_cache(sizes, rows, length, sharding.DECODE_RULES)), self.mesh)
+
+    def likelihood(self, stage: str, model: str, path: str, row: int, num_targets: int) -> Program:
         """`row` tokens are in a row at most, `num_targets` of them learnt: of a packed sequence all may be."""
+        sizes, settings = field(self.config, model), field(self.config, path)
         length = settings.sequence_length or batches.round_up(row)
         if settings.sequence_length or settings.loss_on_prompt:
             num_targets = length
         num_targets = min(batches.round_up(num_targets, 16), length)
-        B, model, optimizer = settings.batch_size, Transformer(sizes), _optimizer(settings.optimizer)
+        B = self.rows(path, "batch_size", "accumulation")
+        module, optimizer = Transformer(sizes), _optimizer(settings.optimizer)
         step = sft.make_train_step(
-            model, optimizer, unlikelihood=settings.unlikelihood, num_targets=num_targets,
+            module, optimizer, unlikelihood=settings.unlikelihood, num_targets=num_targets,
             chunk_size=settings.chunk_size, accumulation=settings.accumulation,
         )  # fmt: skip
         rows = TokenBatch(*(self.array(B, length) for _ in range(3)), self.array(B, length, dtype=jnp.bool_))
         batch = sft.SFTBatch(rows, rows if settings.unlikelihood else None)
         flops = 3 * forward_flops(sizes, B, length, num_targets) * (2 if settings.unlikelihood else 1)
-        return Program(stage, step, (self.state(model, optimizer), batch), flops, B * length)
+        state = self.state(module, optimizer)
+        return Program(
+            stage, path, model, step, (state, batch), flops, B * length, gradients=lora.trained(state.params)
+        )
 
-    def reward_model(self, stage: str, settings: RewardModelConfig) -> Program:
+    def reward_model(self, stage: str) -> Program:
         """A group is one sequence: x, two candidates, and for R_PIT two answers behind each."""
-        sizes = self.config.reward_model
+        sizes, settings = self.config.reward_model, field(self.config, stage)
         is_gap = stage == "r_pit"
         C, length = (4, self.policy_prompt + 6 * self.answer) if is_gap else (2, self.policy_prompt + 2 * self.answer)
-        T, B = batches.round_up(length), settings.batch_size
-        model, optimizer = ScalarModel(sizes), _optimizer(settings.optimizer)
-        step = reward_model.make_train_step(model, optimizer, loss=settings.loss, accumulation=settings.accumulation)
+        T, B = batches.round_up(length), self.rows(stage, "batch_size", "accumulation")
+        module, optimizer = ScalarModel(sizes), _optimizer(settings.optimizer)
+        step = reward_model.make_train_step(module, optimizer, loss=settings.loss, accumulation=settings.accumulation)
         batch = ScoreBatch(*(self.array(B, T) for _ in range(3)), self.array(B, C))
         flops = 3 * tree_flops(sizes, B, self.policy_prompt, self.answer, depth=2 if is_gap else 1)
-        return Program(stage, step, (self.state(model, optimizer), batch), flops, B * T)
+        state = self.state(module, optimizer)
+        return Program(
+            stage, stage, "reward_model", step, (state, batch), flops, B * T, gradients=lora.trained(state.params)
+        )
 
-    def rl(self, stage: str, sizes: ModelConfig, settings: PPOConfig, prompt: int) -> list[Program]:
+    def rl(self, stage: str, model: str, path: str) -> list[Program]:
         """The rollout with its log-probs, scores and values, and the updates."""
-        P, R, B = batches.round_up(prompt), self.answer, settings.rollout_size
-        model, scorer = Transformer(sizes), ScalarModel(self.config.reward_model)
+        sizes, settings = field(self.config, model), field(self.config, path)
+        is_pit = stage == "rl_pit"
+        P, R = batches.round_up(self.pit_prompt if is_pit else self.policy_prompt), self.answer
+        B = self.rows(path, "rollout_size", "num_minibatches")
+        module, scorer = Transformer(sizes), ScalarModel(self.config.reward_model)
         optimizers_ = _optimizer(settings.policy_optimizer), _optimizer(settings.value_optimizer)
+        score = lambda params, rollout, _: ppo.rollout_scores(scorer, params, rollout)  # noqa: E731
+        batch = ppo.RLBatch(PromptBatch(self.array(B, P), self.array(B)))
+        if by_difference := is_pit and self.config.r_pit.loss == "r_p_difference":
+            short = batches.round_up(self.policy_prompt)
+            score = functools.partial(ppo.difference_scores, scorer)
+            row, mask = self.array(B, short + R), self.array(B, R, dtype=jnp.bool_)
+            answers = Rollout(row, row, row, self.array(B, R, dtype=jnp.float32), mask)
+            batch = ppo.RLBatch(batch.prompts, PromptBatch(self.array(B, short), self.array(B)), answers)
         collect, update = ppo.make_ppo(
-            model, Transformer(sizes, sharding.DECODE_RULES), scorer,
-            lambda params, rollout, _: ppo.rollout_scores(scorer, params, rollout),
-            *optimizers_, settings, max_new_tokens=R, eos_id=2,
+            module, Transformer(sizes, sharding.DECODE_RULES), scorer, score, *optimizers_, settings,
+            max_new_tokens=R, eos_id=EOS,
         )  # fmt: skip
         number = self.array(dtype=jnp.float32)
         statistics = ppo.ScoreStatistics(number, number, number)
-        policy, value = self.state(model, optimizers_[0]), self.state(scorer, optimizers_[1])
+        policy, value = self.state(module, optimizers_[0]), self.state(scorer, optimizers_[1])
         state = ppo.PPOState(self.array(), policy, value, number, statistics)
-        batch = ppo.RLBatch(PromptBatch(self.array(B, P), self.array(B)))
-        key = self.array(dtype=jax.eval_shape(lambda: jax.random.key(0)).dtype)
-        arguments = state, self.params(model), self.params(scorer), batch, key
+        frozen = self.params(module), self.params(scorer)
+        arguments = state, *frozen, batch, self.key
         experience, _, statistics, _ = jax.eval_shape(collect, *arguments)
         reads = forward_flops(sizes, B, P + R, R)
-        scores = forward_flops(self.config.reward_model, B, P + R, 0)
+        reward, length = self.config.reward_model, (short if by_difference else P) + R
+        scores = forward_flops(reward, B, length, 0) * (2 if by_difference else 1)
+        values = forward_flops(reward, B, P + R, 0)
         sampled = forward_flops(sizes, B, P, 1) + forward_flops(sizes, B, R, R, start=P)
         learning = on_mesh((experience, statistics), self.mesh)
         epochs = settings.num_epochs
+        # With adapters the state holds the models that it started from (the policy that of the first round).
+        held, shared = ((), frozen) if self.config.lora.rank else (frozen, ())
+        others = self.answering() if is_pit else ()
+        adapted = max((lora.trained(s.params) for s in (policy, value)), key=_size)
         return [
-            Program(f"{stage}: rollout", collect, arguments, sampled + reads + 2 * scores, B * (P + R), R),
             Program(
-                f"{stage}: update", update, (state, *learning, number, key), 3 * epochs * (reads + scores),
-                epochs * B * (P + R),
+                f"{stage}: rollout", path, model, collect, arguments, sampled + reads + scores + values, B * (P + R), R,
+                cache=self.cache(sizes, B, P + R), beside=others, shared=shared,
+            ),
+            Program(
+                f"{stage}: update", path, model, update, (state, *learning, number, self.key),
+                3 * epochs * (reads + values), epochs * B * (P + R), gradients=adapted, beside=(*held, *others),
             ),
         ]  # fmt: skip
 
-    def sampling(self, stage: str, sizes: ModelConfig, prompt: int, answer: int, batch_size: int) -> Program:
-        """Answers or critiques."""
-        P, R, B = batches.round_up(prompt), answer, batch_size
-        model = Transformer(sizes)
-        generate = common.jitted_generate(model, SamplingConfig(max_new_tokens=R), 2)
-        key = self.array(dtype=jax.eval_shape(lambda: jax.random.key(0)).dtype)
-        arguments = self.params(model), PromptBatch(self.array(B, P), self.array(B)), key
-        flops = forward_flops(sizes, B, P, 1) + forward_flops(sizes, B, R, R, start=P)
-        return Program(stage, generate, arguments, flops, B * (P + R), R)
+    def answering(self) -> tuple:
+        """The models that write ref_responses in the round of the curriculum that holds most of them."""
+        own = self.params(Transformer(self.config.policy_model))
+        of_source = {"policy": (own,), "policy_checkpoint": (own,), "srt": (own,)}
+        of_source["pit"] = (own, self.params(Transformer(self.config.pit_model)))
+        return max((of_source.get(source, ()) for source in self.config.curriculum), key=len, default=())
 
-    def dpo(self, stage: str, sizes: ModelConfig, settings: DPOConfig) -> list[Program]:
+    def sampling(
+        self, stage: str, model: str, path: str, prompt: int, answer: int, stop: tuple[int, ...] = ()
+    ) -> Program:
+        """Answers or critiques."""
+        sizes = field(self.config, model)
+        P, R = batches.round_up(prompt), answer + len(stop)
+        B = batches.round_up(field(self.config, path).batch_size, self.mesh.shape["data"])
+        module = Transformer(sizes)
+        generate = common.jitted_generate(module, SamplingConfig(max_new_tokens=R), EOS, stop)
+        arguments = self.params(module), PromptBatch(self.array(B, P), self.array(B)), self.key
+        flops = forward_flops(sizes, B, P, 1) + forward_flops(sizes, B, R, R, start=P)
+        cache = self.cache(sizes, B, P + R)
+        return Program(stage, path, model, generate, arguments, flops, B * (P + R), R, cache=cache)
+
+    def dpo(self, stage: str, model: str, path: str) -> list[Program]:
         """Log-probs of ref_policy, read once, and the step."""
-        B, T, R = settings.batch_size, batches.round_up(self.policy_prompt + 2 * self.answer), 2 * self.answer
-        model, optimizer = Transformer(sizes), _optimizer(settings.optimizer)
+        sizes, settings = field(self.config, model), field(self.config, path)
+        T, R = batches.round_up(self.policy_prompt + 2 * self.answer), 2 * self.answer
+        B = self.rows(path, "batch_size", "accumulation")
+        module, optimizer = Transformer(sizes), _optimizer(settings.optimizer)
         step = dpo.make_train_step(
-            model, optimizer, beta=settings.beta, kind=settings.loss, label_smoothing=settings.label_smoothing,
+            module, optimizer, beta=settings.beta, kind=settings.loss, label_smoothing=settings.label_smoothing,
             length_normalized=settings.length_normalized, chunk_size=settings.chunk_size,
             accumulation=settings.accumulation,
         )  # fmt: skip
@@ -198,11 +267,17 @@ class _Maker:
             self.array(B, 2, dtype=jnp.float32),
         )  # fmt: skip
         flops = tree_flops(sizes, B, self.policy_prompt, self.answer, depth=1, num_targets=R)
-        read = dpo.jitted_log_probs(model, settings.chunk_size)
+        read, state = dpo.jitted_log_probs(module, settings.chunk_size), self.state(module, optimizer)
         return [
-            Program(f"{stage}: log-probs", read, (self.params(model), batch), flops, B * T),
-            Program(stage, step, (self.state(model, optimizer), batch), 3 * flops, B * T),
-        ]
+            Program(f"{stage}: log-probs", path, model, read, (self.params(module), batch), flops, B * T),
+            Program(
+                stage, path, model, step, (state, batch), 3 * flops, B * T, gradients=lora.trained(state.params)
+            ),
+        ]  # fmt: skip
+
+
+def _size(tree) -> int:
+    return sum(x.size for x in jax.tree.leaves(tree))
 
 
 def _optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -226,30 +301,34 @@ def programs(config: PitConfig | SrtConfig, mesh: jax.sharding.Mesh) -> dict[str
       mesh: the mesh that is set; its devices need not exist.
     """
     m, c = _Maker(config, mesh), config
-    row = m.policy_prompt + m.answer
+    row, own = m.policy_prompt + m.answer, "policy_model"
     found: dict[str, Callable[[], list[Program]]] = {}
+
+    def add(stage: str, *arguments) -> None:
+        found[stage] = lambda: [m.likelihood(stage, *arguments)]
+
     if not common.starts_from(config)[1]:
-        for stage, sizes in common.pretrained_models(config):
-            found[stage] = lambda stage=stage, sizes=sizes: [m.likelihood(stage, sizes, c.pretrain.sft, row, row)]
+        models = {"pretrain": own, "pretrain_pit": "pit_model", "pretrain_reward": "reward_model"}
+        for stage, _ in common.pretrained_models(config):
+            add(stage, models[stage], "pretrain.sft", row, row)
     if isinstance(config, PitConfig):
-        found["sft_policy"] = lambda: [m.likelihood("sft_policy", c.policy_model, c.sft_policy, row, m.answer)]
-        pit_row = m.pit_prompt + m.answer
-        found["sft_pit"] = lambda: [m.likelihood("sft_pit", c.pit_model, c.sft_pit, pit_row, m.answer)]
-        found["r_p"] = lambda: [m.reward_model("r_p", c.r_p)]
+        add("sft_policy", own, "sft_policy", row, m.answer)
+        add("sft_pit", "pit_model", "sft_pit", m.pit_prompt + m.answer, m.answer)
+        found["r_p"] = lambda: [m.reward_model("r_p")]
         if c.r_pit.loss != "r_p_difference":
-            found["r_pit"] = lambda: [m.reward_model("r_pit", c.r_pit)]
-        found["rl_policy"] = lambda: m.rl("rl_policy", c.policy_model, c.ppo, m.policy_prompt)
+            found["r_pit"] = lambda: [m.reward_model("r_pit")]
+        found["rl_policy"] = lambda: m.rl("rl_policy", own, "ppo")
         if c.curriculum:
-            found["rl_pit"] = lambda: m.rl("rl_pit", c.pit_model, c.ppo_pit, m.pit_prompt)
+            found["rl_pit"] = lambda: m.rl("rl_pit", "pit_model", "ppo_pit")
         return found
     if not c.base:
-        found["sft_policy"] = lambda: [m.likelihood("sft_policy", c.policy_model, c.sft_policy, row, m.answer)]
+        add("sft_policy", own, "sft_policy", row, m.answer)
     feedback = c.feedback_window + m.answer
-    found["srt"] = lambda: [m.likelihood("srt", c.policy_model, c.srt, row + feedback, m.answer + feedback)]
+    add("srt", own, "srt", row + feedback, m.answer + feedback)
     found["self_feedback"] = lambda: [
-        m.sampling("self_feedback: answers", c.policy_model, m.policy_prompt, m.answer, c.self_feedback.batch_size),
-        m.sampling("self_feedback: critiques", c.policy_model, row, feedback, c.self_feedback.batch_size),
+        m.sampling("self_feedback: answers", own, "self_feedback", m.policy_prompt, m.answer, STOP),
+        m.sampling("self_feedback: critiques", own, "self_feedback", row, feedback),
     ]
     if c.num_rounds:
-        found["dpo"] = lambda: m.dpo("dpo", c.policy_model, c.dpo)
+        found["dpo"] = lambda: m.dpo("dpo", own, "dpo")
     return found

@@ -17,7 +17,7 @@ LAYERS = (
     {"losses"},
     {"sampling", "optimizers", "train_state", "checkpoint", "metrics", "interrupts"},
     {"learners"},
-    {"pipelines", "programs", "planner"},
+    {"pipelines", "programs", "slices", "fitting", "planner"},
     {"evaluation"},
     {"cli"},
     COMMAND_LINE,

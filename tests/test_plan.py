@@ -11,9 +11,9 @@ import pytest
 from commands import run
 from test_transformer import config_files
 
-from pit_jax import config as config_lib, cost, optimizers, planner, programs, sharding, train_state
+from pit_jax import config as config_lib, cost, fitting, optimizers, planner, programs, sharding, slices, train_state
 from pit_jax.config import LoraConfig, ModelConfig, OptimizerConfig
-from pit_jax.models.transformer import Transformer
+from pit_jax.models.transformer import ScalarModel, Transformer
 from pit_jax.pipelines import common
 
 TINY = ModelConfig(vocab_size=64, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=24)
@@ -30,12 +30,20 @@ TINY = ModelConfig(vocab_size=64, num_layers=2, d_model=16, num_heads=4, num_kv_
     ],
 )
 def test_names_of_slices(text, kind, axes):
-    assert planner.slice_name(text) == (kind, axes)
+    assert slices.slice_name(text) == (kind, axes)
 
 
 def test_a_slice_of_n_tensorcores_has_half_as_many_chips():
-    for size in planner.SLICES:
-        assert 2 * math.prod(planner.slice_name(f"v4-{size}")[1]) == size
+    for size in slices.SLICES:
+        assert 2 * math.prod(slices.slice_name(f"v4-{size}")[1]) == size
+
+
+def test_usual_slices_from_the_smallest_on():
+    assert slices.of_kind("v4", 32) == ["v4:4x4x4", "v4:4x4x8", "v4:4x8x8", "v4:8x8x8", "v4:8x8x16"]
+    assert slices.of_kind("v5e")[:2] == ["v5e:2x2", "v5e:2x4"]
+    for kind, chip in slices.CHIPS.items():
+        sizes = [math.prod(slices.slice_name(name)[1]) for name in slices.of_kind(kind)]
+        assert sizes == sorted(sizes) and len(slices.slice_name(slices.of_kind(kind)[0])[1]) == chip.dimensions
 
 
 @pytest.mark.parametrize(
@@ -51,7 +59,7 @@ def test_a_slice_of_n_tensorcores_has_half_as_many_chips():
 )
 def test_slices_that_there_are_not(text, message):
     with pytest.raises(ValueError, match=message):
-        planner.slice_name(text)
+        slices.slice_name(text)
 
 
 def test_operations_of_a_decoder_by_hand():
@@ -96,25 +104,93 @@ def test_what_a_step_holds(one_device, rank):
     assert isinstance(state, train_state.TrainState)
     number = sum(x.size for x in jax.tree.leaves(common.shapes(model)))
     adapters = 2 * (16 * rank + rank * 16)
-    key = maker.array(dtype=jax.eval_shape(lambda: jax.random.key(0)).dtype)
-    found = planner.held((state, maker.params(model), maker.array(4, 6), key))
+    arguments = (state, maker.params(model), maker.array(4, 6), maker.key)
+    found = planner.held(programs.Program("sft", "sft", "policy_model", None, arguments, 0.0, 0))
     scales = 2 if rank else 0  # of each layer
     assert found["parameters"] == 4 * (2 * number + adapters + scales)
     assert found["optimizer"] == pytest.approx(4 * 2 * (adapters if rank else number), abs=64)  # and counters
     assert found["batch"] == 4 * 24 + 8 + 4  # with the number of the step
+    assert "cache" not in found and "others" not in found
+
+
+SMALL = config_lib.PitConfig(
+    data=config_lib.DataConfig(prompt_window=16, response_window=8),
+    policy_model=TINY,
+    pit_model=dataclasses.replace(TINY, num_layers=3),
+    reward_model=dataclasses.replace(TINY, mlp_dim=32),
+    pretrain=config_lib.PretrainConfig(checkpoint="elsewhere"),
+    ppo_pit=config_lib.PPOConfig(rollout_size=16),
+)
+
+
+def named(config, name):
+    makers = programs.programs(config, jax.sharding.get_mesh())
+    (found,) = [p for p in makers[name.partition(":")[0]]() if p.stage == name]
+    return found
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_what_rl_holds_together(one_device, rank):
+    """Four models, two of them with an optimizer, and M_P that writes ref_responses; with adapters three, as the state
+    has the models that it started from."""
+    config = dataclasses.replace(SMALL, lora=LoraConfig(rank=rank, targets=("q",)))
+    policy, pit = (4 * sum(x.size for x in jax.tree.leaves(common.shapes(Transformer(m)))) for m in
+                   (config.policy_model, config.pit_model))  # fmt: skip
+    reward = 4 * sum(x.size for x in jax.tree.leaves(common.shapes(ScalarModel(config.reward_model))))
+    adapters = lambda layers: 4 * layers * (2 * 16 * rank + 1 if rank else 0)  # noqa: E731
+    rollout, update = (planner.held(named(config, f"rl_pit: {x}")) for x in ("rollout", "update"))
+    trained = pit + reward + adapters(3) + adapters(2)
+    assert rollout["parameters"] == trained + (0 if rank else pit + reward)
+    assert rollout["others"] == policy  # the default curriculum is data, policy
+    assert update["parameters"] == trained
+    assert update["others"] == policy + (0 if rank else pit + reward)
+    # Prompts of 16 + 8 + 32 tokens and answers of 8, of 16 rows; 2 heads of 4 in float32, keys and values, 3 layers.
+    slots = 16 * (16 + 8 + 32 + 8)
+    assert rollout["cache"] == 2 * 3 * slots * 2 * 4 * 4 + 2 * 4 * slots + 4
+
+
+def test_gradients_are_of_what_is_trained():
+    """Sizes of the larger of policy and value model, as they are not made at once."""
+    with jax.set_mesh(sharding.make_mesh(4, 2, devices=jax.devices()[:8])):
+        program = named(SMALL, "rl_pit: update")
+        least = planner.least_bytes(program) - sum(planner.held(program).values())
+        assert least == planner.bytes_per_device(common.shapes(Transformer(SMALL.pit_model)))
+        sft = named(SMALL, "sft_policy")
+        least = planner.least_bytes(sft) - sum(planner.held(sft).values())
+        assert least == planner.held(sft)["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("values", "stage", "message"),
+    [
+        (
+            {"r_p.batch_size": 6},
+            "r_p",
+            "config.r_p.batch_size=6 is no multiple of the 4 devices of the mesh's axis data",
+        ),
+        ({"sft_policy.accumulation": 16}, "sft_policy", "batch_size=32 in 16 pieces (accumulation) is no multiple"),
+        ({"ppo.rollout_size": 8}, "rl_policy", "config.ppo.rollout_size=8 in 4 pieces (num_minibatches)"),
+    ],
+)
+def test_rows_that_a_mesh_does_not_divide(values, stage, message):
+    with jax.set_mesh(sharding.make_mesh(4, 2, devices=jax.devices()[:8])):
+        makers = programs.programs(fitting.changed(SMALL, values), jax.sharding.get_mesh())
+        with pytest.raises(ValueError, match=re.escape(message)):
+            makers[stage]()
 
 
 def test_what_the_compiler_says_of_a_program_that_does_not_fit():
     text = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 41.25G of 30.75G hbm. Exceeded by 10.5G."
     assert planner.needed(RuntimeError(text)) == (41.25, "Used 41.25G of 30.75G hbm")
+    assert planner.needed(RuntimeError("RESOURCE_EXHAUSTED: no\nmore")) == (None, "RESOURCE_EXHAUSTED: no")
 
 
 def test_seconds_of_a_collective():
     """2 GB go round 16 chips of 4 x 4 x 1: 15/16 of it over two axes with two links each."""
     gather = cost.Collective("all-gather", 2_000_000_000, 1, 16)
-    assert planner.collective_seconds(gather, planner.CHIPS["v4"], (4, 4, 1)) == pytest.approx(1.875e9 / (4 * 45e9))
+    assert planner.collective_seconds(gather, slices.CHIPS["v4"], (4, 4, 1)) == pytest.approx(1.875e9 / (4 * 45e9))
     small = dataclasses.replace(gather, group=4)
-    assert planner.collective_seconds(small, planner.CHIPS["v4"], (4, 4, 1)) == pytest.approx(1.5e9 / (2 * 45e9))
+    assert planner.collective_seconds(small, slices.CHIPS["v4"], (4, 4, 1)) == pytest.approx(1.5e9 / (2 * 45e9))
 
 
 CONFIGS = dict(config_files())
@@ -163,6 +239,159 @@ def test_a_plan_of_this_machine(tmp_path):
     assert row["flops"] > 0 and row["bytes"] > 0 and row["collectives"] == []
 
 
+def slice_of_cpus(name, num, hbm_bytes):
+    """A slice whose compiler is that of this machine: what is read off its programs has another size, but is there."""
+    return slices.Place(name, tuple(jax.devices()[:num]), hbm_bytes, slices.CHIPS["v4"], (2, 2, num // 4))
+
+
+@pytest.fixture(scope="module")
+def sft_row():
+    """One program of 32 rows on 4 devices."""
+    lines: list[str] = []
+    (row,) = planner.measured(SMALL, slice_of_cpus("v4:2x2x1", 4, math.inf), ["sft_policy"], lines.append)
+    assert lines == [planner.describe(row)]
+    return row
+
+
+def test_the_bound_is_the_longest_of_three(sft_row):
+    of = sft_row["seconds_of"]
+    assert sft_row["seconds"] == max(of.values()) and sft_row["seconds_without_overlap"] == sum(of.values())
+    assert sft_row["mfu"] == pytest.approx(sft_row["model_flops"] / (4 * 275e12 * sft_row["seconds"]))
+    assert of["compute"] == sft_row["flops"] / 275e12 and of["memory"] == sft_row["bytes"] / 1.2e12
+
+
+def test_prefill_and_decode_do_not_overlap():
+    """Decoding 8 tokens takes 8 times as much as one; what is read before it does not depend on how many come."""
+    place = slice_of_cpus("v4:2x2x1", 4, math.inf)
+    config = config_lib.SrtConfig(data=SMALL.data, policy_model=TINY, self_feedback=config_lib.FeedbackConfig())
+    rows = {}
+    with jax.set_mesh(planner.on_place(config, place)):
+        made = planner.lowered(named(config, "self_feedback: answers"))
+        for trips in (8, 1):
+            program = dataclasses.replace(made.program, while_trips=trips)
+            rows[trips] = planner.measure(dataclasses.replace(made, program=program), place)
+    eight, one = (list(rows[trips]["phases"].values()) for trips in (8, 1))
+    assert list(rows[8]["phases"]) == ["prefill", "decode of 8 tokens"]
+    assert eight[0] == one[0]
+    for name in ("compute", "memory"):
+        assert eight[1][name] == pytest.approx(8 * one[1][name]) and one[1][name] > 0
+        assert rows[8]["seconds_of"][name] == pytest.approx(eight[0][name] + eight[1][name])
+    assert rows[8]["seconds"] == sum(max(phase.values()) for phase in eight)
+
+
+ROW = 1_000
+SHARE = {"none": 1.0, "dots": 0.5, "full": 0.25}
+
+
+@pytest.fixture
+def by_hand(monkeypatch):
+    """In the compiler's place: ROW bytes for a row of a piece, less with remat; time grows with `model`. Gives what
+    was asked."""
+    asked = []
+
+    def measured(config, place, program):
+        rows = config.sft_policy.batch_size / config.sft_policy.accumulation / planner.axes_of(config, place, {})[0]
+        size = planner.least_bytes(program) + rows * ROW * SHARE[config.policy_model.remat]
+        asked.append(rows)
+        row = {"name": program.stage, "fits": size <= place.hbm_bytes, "peak_gib": size / slices.GIB, "mfu": 0.5}
+        return row | {"seconds": config.mesh.model / rows, "tokens": 1, "parts": {}, "seconds_of": {}, "said": "no",
+                      "seconds_without_overlap": 0.0, "collectives": []}  # fmt: skip
+
+    monkeypatch.setattr(planner, "measured_alone", measured)
+    return asked
+
+
+def least_of_sft(num):
+    """Models, optimizer, gradients and batch on a device of `num` along data."""
+    with jax.set_mesh(sharding.make_mesh(num, 1, devices=jax.devices()[:num])):
+        return planner.least_bytes(named(SMALL, "sft_policy"))
+
+
+@pytest.mark.parametrize(
+    ("room", "values"),
+    [
+        # 8 rows on each of four devices.
+        (7.9, {"sft_policy.accumulation": 2}),
+        (2.1, {"sft_policy.accumulation": 4}),
+        (0.6, {"sft_policy.accumulation": 8, "policy_model.remat": "dots"}),
+        (0.3, {"sft_policy.accumulation": 8, "policy_model.remat": "full"}),
+    ],
+)
+def test_what_makes_a_program_fit(by_hand, room, values):
+    place = slice_of_cpus("v4:2x2x1", 4, least_of_sft(4) + room * ROW)
+    lines: list[str] = []
+    found = planner.remedy(SMALL, place, "sft_policy", lines.append)
+    assert (found["topology"], found["values"]) == ("v4:2x2x1", values)
+    assert found["row"]["fits"] and found["flags"] == fitting.flags(values)
+    assert len(lines) == len(by_hand) <= 8
+    assert lines[0].startswith("  tried v4:2x2x1 --config.sft_policy.accumulation=8 --config.policy_model.remat=full")
+
+
+def test_a_larger_slice_where_nothing_else_will_do(by_hand, monkeypatch):
+    larger = slice_of_cpus("v4:2x2x2", 8, least_of_sft(4) - ROW)
+    monkeypatch.setattr(slices, "place_of", {"v4:2x2x2": larger}.get)
+    monkeypatch.setattr(slices, "of_kind", lambda kind, above: ["v4:2x2x2"] if above < 8 else [])
+    lines: list[str] = []
+    place = slice_of_cpus("v4:2x2x1", 4, least_of_sft(4) - ROW)
+    found = planner.remedy(SMALL, place, "sft_policy", lines.append)
+    assert found["topology"] == "v4:2x2x2" and found["row"]["fits"]
+    assert all("v4:2x2x1" not in line for line in lines)  # what cannot fit is not compiled
+    monkeypatch.setattr(slices, "of_kind", lambda kind, above: [])
+    assert planner.remedy(SMALL, place, "sft_policy", lines.append) is None
+
+
+def test_the_largest_micro_batch(by_hand):
+    place = slice_of_cpus("v4:2x2x1", 4, least_of_sft(4) + 21.5 * ROW)
+    (program,) = planner.made_programs(SMALL, place, ["sft_policy"])
+    found = planner.micro_batch(SMALL, place, program, lambda line: None)
+    assert (found["name"], found["batch"]) == ("sft_policy", 4 * found["rows"])
+    # A row has 16 + 32 + 8 tokens: three numbers and a mask for each, of 8 rows so far: 15 x 1,728 - 8 x 728 < 21,500.
+    assert found["rows"] == 15 and len(by_hand) <= 5
+
+
+def test_meshes_ranked(by_hand):
+    """Two key/value heads: data 4 or 2; with 32 rows, micro-batches of 1 to 8 and of 1 to 16 rows."""
+    place = slice_of_cpus("v4:2x2x1", 4, math.inf)
+    config = dataclasses.replace(SMALL, mesh=config_lib.MeshConfig(2, 2))
+    (program,) = planner.made_programs(SMALL, place, ["sft_policy"])
+    rows = planner.search(config, place, program, lambda line: None)
+    assert sorted((r["data"], r["rows"]) for r in rows) == [
+        *((2, n) for n in (1, 2, 4, 8, 16)), *((4, n) for n in (1, 2, 4, 8))
+    ]  # fmt: skip
+    assert [r["seconds"] for r in rows] == sorted(r["seconds"] for r in rows)
+    table = planner.describe_search(rows).splitlines()
+    assert len(table) == 10 and "--config.mesh.data=" in table[1]
+
+
+def test_the_smallest_slice(by_hand, monkeypatch):
+    """Models, optimizer and gradients of 4 devices are too much: nothing is compiled for these."""
+    limit = least_of_sft(4) - 1
+    assert limit > least_of_sft(8) + ROW
+    places = {name: slice_of_cpus(name, n, limit) for name, n in (("v4:2x2x1", 4), ("v4:2x2x2", 8))}
+    monkeypatch.setattr(slices, "place_of", places.get)
+    monkeypatch.setattr(slices, "of_kind", lambda kind: list(places))
+    lines: list[str] = []
+    found = planner.smallest(SMALL, "v4", ["sft_policy"], say=lines.append)
+    assert found["topology"] == "v4:2x2x2" and found["chips"] == 8 and all(row["fits"] for row in found["programs"])
+    assert found["flags"] == fitting.flags(found["values"]) and found["flags"] in lines[-2]
+    assert "sft_policy has" in lines[0] and "alone" in lines[0]
+    monkeypatch.setattr(slices, "of_kind", lambda kind: ["v4:2x2x1"])
+    with pytest.raises(ValueError, match="fits on no slice of v4 that is known here: v4:2x2x1"):
+        planner.smallest(SMALL, "v4", ["sft_policy"], say=lines.append)
+
+
+def test_what_a_stage_holds_together():
+    row = lambda name, peak, **parts: {"name": name, "peak_gib": peak, "parts": parts}  # noqa: E731
+    rows = [
+        row("r_p", 9.0, parameters=1.0),
+        row("rl: rollout", 5.0, parameters=2.0, optimizer=1.0),
+        row("rl: update", 7.25, parameters=2.0, optimizer=1.0, others=1.5),
+    ]
+    (line,) = planner.together(rows)
+    assert line.split() == "rl together 7.25 in rl: update (all its models 3.50, optimizers 1.00)".split()
+    assert planner.together([row("rl: rollout", None), row("rl: update", None)]) == []
+
+
 @pytest.mark.parametrize(
     ("topology", "stages", "model", "message"),
     [
@@ -175,3 +404,5 @@ def test_what_cannot_be_planned(topology, stages, model, message):
     config = dataclasses.replace(CONFIGS["pit_synthetic:smoke"], mesh=config_lib.MeshConfig(model=model))
     with pytest.raises(ValueError, match=re.escape(message)):
         planner.plan(config, topology, stages)
+    with pytest.raises(ValueError, match="--search ranks by what chips can do"):
+        planner.plan(config, "local", with_search=True)
