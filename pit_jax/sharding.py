@@ -103,14 +103,22 @@ def laid_like(x: jax.Array, other: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, jax.typeof(other).sharding.spec)
 
 
-def gather_weights(params, rules: AxisRules = RULES):
-    """Parameters in the layout of DECODE_RULES: gathered over FSDP once per rollout, not once per token."""
+def gather_weights(params, rules: AxisRules = RULES, dtype=None):
+    """Parameters in the layout of DECODE_RULES: gathered over FSDP once per rollout, not once per token.
 
-    def gather(x):
+    Args:
+      params: of a model.
+      rules: their layout.
+      dtype: of activations, to which weights are rounded at every use: rounded before they are gathered, half as much
+        is gathered, held and read for each token. Scales of norms, which are not rounded, stay as they are.
+    """
+
+    def gather(path, x):
+        x = x if dtype is None or path[-1].key == "scale" else x.astype(dtype)
         names = (None if name == rules.embed else name for name in jax.typeof(x).sharding.spec)
         return jax.sharding.reshard(x, P(*names))
 
-    return jax.tree.map(gather, params)
+    return jax.tree_util.tree_map_with_path(gather, params)
 
 
 def take_rows(tree, rows, rules: AxisRules = RULES):

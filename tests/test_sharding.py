@@ -1,5 +1,6 @@
 """Meshes: no number depends on one, no step changes a layout, and mistakes are named."""
 
+import dataclasses
 import functools
 
 import jax
@@ -172,6 +173,21 @@ def test_gathered_weights_have_no_data_axis_and_sample_the_same():
         )(params, prompts, jax.random.key(0))
         first, second = draw(DECODER, gathered), draw(POLICY, params)
         np.testing.assert_array_equal(first.tokens, second.tokens)
+
+
+def test_weights_rounded_before_they_are_gathered_sample_the_same():
+    """Half the bytes: all but the scales of norms are rounded at every use anyway."""
+    sizes = dataclasses.replace(SIZES, dtype="bfloat16", qkv_bias=True, qk_norm=True, tie_embeddings=False)
+    policy, decoder = Transformer(sizes), Transformer(sizes, sharding.DECODE_RULES)
+    with mesh_of(4, 2):
+        params = parameters(policy)
+        prompts, settings = sharding.shard_batch(batches.prompt_rows(rows(8, 1, 6), 6)), SamplingConfig(R)
+        draw = jax.jit(functools.partial(sampling.generate, model=decoder, config=settings, eos_id=EOS))
+        first = sharding.gather_weights(params, sharding.RULES, sizes.dtype)
+        dtypes = {path[-1].key: x.dtype for path, x in jax.tree_util.tree_leaves_with_path(first)}
+        assert {name for name, dtype in dtypes.items() if dtype == jnp.float32} == {"scale"} and len(dtypes) == 13
+        first, second = (draw(p, prompts, jax.random.key(0)) for p in (first, sharding.gather_weights(params)))
+        jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
 def test_take_rows():

@@ -198,7 +198,7 @@ def make_ppo(
 
     def collect(state: PPOState, ref_params: Params, reward_params: Params, batch: RLBatch, key: Array):
         # 1. Sample with the current policy, its weights gathered once.
-        gathered = sharding.gather_weights(state.policy.params, model.rules)
+        gathered = sharding.gather_weights(state.policy.params, model.rules, model.config.dtype)
         rollout = sampling.generate(
             gathered, batch.prompts, iteration_key(key, state, 0), model=decode_model, config=settings, eos_id=eos_id
         )

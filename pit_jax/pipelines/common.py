@@ -603,7 +603,7 @@ def jitted_generate(model: Transformer, settings: SamplingConfig, eos_id: int, s
     decode_model = Transformer(model.config, sharding.DECODE_RULES)
 
     def run(params, prompts, key):
-        gathered = sharding.gather_weights(params, model.rules)
+        gathered = sharding.gather_weights(params, model.rules, model.config.dtype)
         return sampling.generate(gathered, prompts, key, model=decode_model, config=settings, eos_id=eos_id, stop=stop)
 
     return jax.jit(run)
