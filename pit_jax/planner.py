@@ -233,24 +233,27 @@ def made_programs(config: Any, place: Place, stages: Sequence[str] | None = None
 
 
 def measured(config: Any, place: Place, stages: Sequence[str] | None, say: Callable[[str], None]) -> list[dict]:
-    """Rows of all programs, each said as it is known; two are in the compiler at a time."""
-    rows: list[dict] = []
+    """Rows of all programs, in their order; each is said when it is known. Two are in the compiler at a time."""
     mesh = on_place(config, place)
-    waiting: collections.deque = collections.deque()
+    futures: list[concurrent.futures.Future] = []
 
-    def take():
-        rows.append(waiting.popleft().result())
-        say(describe(rows[-1]))
+    def wait(most: int) -> None:
+        running = [future for future in futures if future not in said]
+        while len(running) > most:
+            done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in done:
+                say(describe(future.result()))
+                said.add(future)
+            running = [future for future in running if future not in said]
 
+    said: set[concurrent.futures.Future] = set()
     with jax.set_mesh(mesh), concurrent.futures.ThreadPoolExecutor(2) as pool:
         for make in makers_of(config, mesh, stages).values():
             for program in make():
-                waiting.append(pool.submit(measure, lowered(program), place))
-                while waiting and (len(waiting) > 2 or waiting[0].done()):
-                    take()
-        while waiting:
-            take()
-    return rows
+                wait(2)  # a third is traced meanwhile
+                futures.append(pool.submit(measure, lowered(program), place))
+        wait(0)
+    return [future.result() for future in futures]
 
 
 def measured_alone(config: Any, place: Place, program: programs.Program) -> dict[str, Any]:
@@ -322,7 +325,7 @@ def remedy(config: Any, place: Place, name: str, say: Callable[[str], None]) -> 
     """What makes a program fit: other values, another mesh, a larger slice, whichever comes first.
 
     Returns:
-      {topology, values, flags, row}, or None where nothing does that is known here.
+      {topology, values, flags, changes (of what is learnt), row}, or None where nothing does that is known here.
     """
     program = next(p for p in made_programs(config, place, [name.partition(":")[0]]) if p.stage == name)
     ask = Asker(config, name, say)
@@ -341,9 +344,11 @@ def remedy(config: Any, place: Place, name: str, say: Callable[[str], None]) -> 
     if found is None:
         return None
     (where, mesh), values = found
+    changes = "; ".join(lever.changes for lever in levers(found[0]) if lever.changes and lever.field in values)
     values = mesh | values
     row = ask(where, values)
-    return {"topology": where.name, "values": values, "flags": fitting.flags(values), "row": row}
+    typed = fitting.flags(values)
+    return {"topology": where.name, "values": values, "flags": typed, "changes": changes, "row": row}
 
 
 def micro_batch(config: Any, place: Place, program: programs.Program, say: Callable[[str], None]) -> dict:
@@ -405,8 +410,9 @@ def smallest(
 ) -> dict[str, Any]:
     """The smallest usual slice on which all programs of a config fit, with what has to be changed for that.
 
-    What cannot fit is ruled out by models, optimizers, gradients and caches; the rest is compiled, that which holds
-    most first. A program that does not fit gets more pieces, remat or smaller chunks, and then the others do too.
+    What cannot fit is ruled out by models, optimizers and gradients; the rest is compiled, that which holds most first.
+    A program that does not fit gets more pieces, remat or smaller chunks, and then the others do too; what is learnt
+    stays the same.
 
     Returns:
       As `plan`, with "values" and "flags" of what is changed.
@@ -442,10 +448,10 @@ def _all_fit(config: Any, place: Place, values: Values, stages, say) -> tuple[Va
     except ValueError as error:
         say(f"{name}: {error}")
         return None
-    largest = max(found, key=least_bytes)
-    least = least_bytes(largest)
-    if least > place.hbm_bytes:
-        say(f"{name}: {largest.stage} has {least / GIB:.2f} GiB of models, optimizer, gradients and cache alone")
+    without_cache = lambda program: least_bytes(program) - bytes_per_device(program.cache)  # noqa: E731
+    largest = max(found, key=without_cache)
+    if without_cache(largest) > place.hbm_bytes:
+        say(f"{name}: {largest.stage} has {without_cache(largest) / GIB:.2f} GiB of models, optimizer, gradients alone")
         return None
     say(f"{name}: compiling")
     askers = {p.stage: Asker(config, p.stage, say) for p in found}
@@ -462,6 +468,7 @@ def _all_fit(config: Any, place: Place, values: Values, stages, say) -> tuple[Va
         if of(program, values)["fits"]:
             continue
         levers = fitting.levers(fitting.changed(config, values), program.settings, program.model, program.stage, data)
+        levers = [lever for lever in levers if not lever.changes]
         turned = fitting.turned(levers, lambda more, p=program, now=values: of(p, now | more)["fits"])
         if turned is None:
             return None
@@ -528,7 +535,8 @@ def plan(
                 say(f"{name}: nothing that was tried")
             else:
                 typed = " ".join(filter(None, (f"--topology={made['topology']}", made["flags"])))
-                say(f"{name} fits with {typed}\n{describe(made['row'])}")
+                learnt = f" (which changes what is learnt: {made['changes']})" if made["changes"] else ""
+                say(f"{name} fits with {typed}{learnt}\n{describe(made['row'])}")
     if with_micro_batches:
         found["micro_batches"] = []
         for program in made_programs(config, place, stages):

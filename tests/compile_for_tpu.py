@@ -7,7 +7,6 @@ set before jax is imported.
 """
 
 import dataclasses
-import functools
 import json
 import os
 import sys
@@ -18,135 +17,83 @@ os.environ.update(
 )  # fmt: skip
 
 import jax
-import jax.numpy as jnp
-from jax.experimental import topologies
 
-from pit_jax import optimizers, sampling, sharding, train_state
-from pit_jax.config import LAYER_MATRICES, LoraConfig, ModelConfig, OptimizerConfig, PPOConfig, SamplingConfig
-from pit_jax.data.pairs import PairBatch
-from pit_jax.learners import dpo, ppo, reward_model, sft
-from pit_jax.models import lora
-from pit_jax.models.transformer import ScalarModel, Transformer
-from pit_jax.types import PromptBatch, Rollout, ScoreBatch, TokenBatch
+from pit_jax import planner, slices
+from pit_jax.config import (
+    LAYER_MATRICES,
+    DataConfig,
+    DPOConfig,
+    FeedbackConfig,
+    LoraConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PitConfig,
+    PPOConfig,
+    RewardModelConfig,
+    SFTConfig,
+    SrtConfig,
+)
 
-B, T, P, R = 8, 64, 32, 16
+B = 8
 
 
-def main(data: int, model: int, dtype: str, remat: str, chunk_size: int) -> dict[str, int]:
-    """Program -> bytes of temporaries per device."""
-    topology = topologies.get_topology_desc(
-        "v4:2x2x1", platform="tpu", chip_config_name="megacore", chips_per_host_bounds=(2, 2, 1), num_slices=1
-    )
-    mesh = sharding.make_mesh(data, model, devices=topology.devices)
-    config = ModelConfig(
+def configs(data: int, model: int, dtype: str, remat: str, chunk_size: int, name: str) -> tuple[PitConfig, SrtConfig]:
+    """Small ones whose programs differ in all that a layout or a dtype can break; `name` is of the optimizer."""
+    sizes = ModelConfig(
         vocab_size=512, num_layers=2, d_model=128, num_heads=4, num_kv_heads=2, head_dim=32, mlp_dim=256,
         dtype=dtype, remat=remat, copy_init=1.0, attention_block=24,
     )  # fmt: skip
-    decoder, decode, scalar = Transformer(config), Transformer(config, sharding.DECODE_RULES), ScalarModel(config)
-    made = {
-        name: optimizers.make_optimizer(
-            OptimizerConfig(name, schedule="cosine", warmup_fraction=0.1, weight_decay=0.1), 10
-        )
-        for name in (("adamw", "muon") if model > 1 else ("adamw",))
-    }
-    adamw = made["adamw"]
+    optimizer = OptimizerConfig(name, schedule="cosine", warmup_fraction=0.1, weight_decay=0.1)
+    sft = SFTConfig(optimizer, batch_size=B, chunk_size=chunk_size)
+    reward = RewardModelConfig(optimizer, batch_size=B)
+    ppo = PPOConfig(
+        optimizer, optimizer, rollout_size=B, samples_per_prompt=4, num_minibatches=2, num_epochs=2, adaptive_kl=True,
+        entropy_coef=0.01,
+    )  # fmt: skip
+    windows, mesh = DataConfig(prompt_window=16, response_window=16), MeshConfig(data, model)
+    pit = PitConfig(
+        mesh=mesh, data=windows, policy_model=sizes, pit_model=sizes, reward_model=sizes, sft_policy=sft, r_p=reward,
+        r_pit=reward, ppo=ppo, ppo_pit=ppo,
+    )  # fmt: skip
+    srt = SrtConfig(
+        mesh=mesh, data=windows, policy_model=sizes, base="elsewhere", feedback_window=16, srt=sft,
+        self_feedback=FeedbackConfig(batch_size=B), dpo=DPOConfig(optimizer, batch_size=B, chunk_size=chunk_size),
+    )  # fmt: skip
+    return pit, srt
 
-    def array(shape, dtype):
-        spec = jax.P("data", *[None] * (len(shape) - 1)) if shape else jax.P()
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
 
-    # Nothing may run while this mesh is set: its devices compile, but do not exist.
-    key = array((), jax.eval_shape(lambda: jax.random.key(0)).dtype)
+def main(*arguments) -> dict[str, int]:
+    """Program -> bytes of temporaries per device."""
+    place, found = slices.place_of("v4:2x2x1"), {}
 
-    def on_mesh(tree):
-        def place(x):
-            spec = jax.P() if x.sharding is None else x.sharding.spec
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
+    def add(config: PitConfig | SrtConfig, names: str, behind: str = "") -> None:
+        names = names.split(", ")
+        with jax.set_mesh(planner.on_place(config, place)):
+            for program in planner.made_programs(config, place, {name.partition(":")[0] for name in names}):
+                if program.stage in names:
+                    compiled = planner.lowered(program).stage.compile()
+                    found[program.stage + behind] = compiled.memory_analysis().temp_size_in_bytes
 
-        return jax.tree.map(place, tree)
-
-    def parameters(module, method=None):
-        rows = array((4, 8), jnp.int32)
-        init = lambda k, x: module.init(k, x, x, x, method=method)  # noqa: E731
-        return on_mesh(jax.eval_shape(init, key, rows))
-
-    def state(params, optimizer=adamw):
-        start = lambda p: train_state.TrainState(jnp.int32(0), p, optimizer.init(lora.trained(p)))  # noqa: E731
-        return on_mesh(jax.eval_shape(start, params))
-
-    with jax.set_mesh(mesh):
-        policy, reward = parameters(decoder, Transformer.full_logits), parameters(scalar)
-        ints = lambda *shape: array(shape, jnp.int32)  # noqa: E731
-        tokens = TokenBatch(ints(B, T), ints(B, T), ints(B, T), array((B, T), jnp.bool_))
-        groups = lambda C, T: ScoreBatch(ints(B, T), ints(B, T), ints(B, T), ints(B, C))  # noqa: E731
-        collect, update = ppo.make_ppo(
-            decoder, decode, scalar, lambda p, r, _: ppo.rollout_scores(scalar, p, r), adamw, adamw,
-            PPOConfig(
-                rollout_size=B, samples_per_prompt=4, num_minibatches=2, num_epochs=2,
-                adaptive_kl=True, entropy_coef=0.01,
-            ),
-            max_new_tokens=R, eos_id=2,
-        )  # fmt: skip
-        targets = LoraConfig(rank=8, targets=LAYER_MATRICES)
-        adapted = lambda params: on_mesh(jax.eval_shape(lambda p: lora.add(p, targets, jax.random.key(0)), params))  # noqa: E731
-        number = array((), jnp.float32)
-        ppo_state = ppo.PPOState(
-            array((), jnp.int32), state(policy), state(reward), number, ppo.ScoreStatistics(number, number, number)
-        )
-        batch = ppo.RLBatch(PromptBatch(ints(B, P), ints(B)))
-        rows, mask = ints(B, P + R), array((B, R), jnp.bool_)
-        behind = Rollout(rows, rows, rows, array((B, R), jnp.float32), mask)
-        with_references = batch._replace(policy_prompts=batch.prompts, references=behind)
-        difference = jax.jit(functools.partial(ppo.difference_scores, scalar))
-        experience, _, statistics, _ = jax.eval_shape(collect, ppo_state, policy, reward, batch, key)
-        programs = {
-            "ppo_collect": (collect, ppo_state, policy, reward, batch, key),
-            "ppo_update": (update, ppo_state, on_mesh(experience), on_mesh(statistics), number, key),
-            "difference_scores": (difference, reward, behind, with_references),
-            "generate_with_stop": (
-                jax.jit(functools.partial(
-                    sampling.generate, model=decode, config=SamplingConfig(R), eos_id=2, stop=(5, 6, 7)
-                )),
-                policy, batch.prompts, key,
-            ),
-        }  # fmt: skip
-        adapted_state = ppo_state._replace(policy=state(adapted(policy)), value=state(adapted(reward)))
-        pairs = PairBatch(
-            *(ints(B, T) for _ in range(3)), *(ints(B, 2 * R) for _ in range(3)), array((B, 2), jnp.float32)
-        )
-        for name, optimizer in made.items():
-            sft_step = sft.make_train_step(decoder, optimizer, num_targets=32, chunk_size=chunk_size)
-            step = reward_model.make_train_step(scalar, optimizer, loss="gap")
-            dpo_step = dpo.make_train_step(decoder, optimizer, beta=0.1, chunk_size=chunk_size)
-            programs |= {
-                f"dpo_{name}": (dpo_step, state(policy, optimizer), pairs),
-                f"sft_{name}": (sft_step, state(policy, optimizer), sft.SFTBatch(tokens)),
-                f"r_p_{name}": (step, state(reward, optimizer), groups(2, T)),
-                f"r_pit_{name}": (step, state(reward, optimizer), groups(4, 2 * T)),
-            }
-        # Those above attend by the kernel: T is above two blocks. These have windows by layers, or cannot do it so.
-        gemma = dataclasses.replace(
-            config, sliding_window=40, global_every=2, attention_softcap=30.0, local_rope_theta=1e3
-        )
-        windows = Transformer(gemma), ScalarModel(gemma)
-        unrolled = ScalarModel(dataclasses.replace(config, attention="blocks"))
-        for name, module in (("windows", windows[1]), ("blocks", unrolled)):
-            step = reward_model.make_train_step(module, adamw, loss="gap")
-            programs[f"r_pit_{name}"] = step, state(parameters(module)), groups(4, 2 * T)
-        step = sft.make_train_step(windows[0], adamw, num_targets=32, chunk_size=chunk_size)
-        policy_of_windows = parameters(windows[0], Transformer.full_logits)
-        programs["sft_windows"] = step, state(policy_of_windows), sft.SFTBatch(tokens)
-        if model > 1:  # adapters take the layout of their weights: it is on this mesh that they can go wrong
-            dpo_step = dpo.make_train_step(decoder, adamw, beta=0.1, chunk_size=chunk_size)
-            programs |= {
-                "dpo_lora": (dpo_step, state(adapted(policy)), pairs),
-                "ppo_collect_lora": (collect, adapted_state, policy, reward, batch, key),
-                "ppo_update_lora": (update, adapted_state, on_mesh(experience), on_mesh(statistics), number, key),
-            }
-        return {
-            name: program.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
-            for name, (program, *arguments) in programs.items()
-        }
+    pit, srt = configs(*arguments, "adamw")
+    add(pit, "sft_policy, r_p, r_pit, rl_policy: rollout, rl_policy: update")
+    add(srt, "dpo, self_feedback: answers")
+    by_difference = dataclasses.replace(pit, r_pit=dataclasses.replace(pit.r_pit, loss="r_p_difference"))
+    add(by_difference, "rl_pit: rollout", " by difference")
+    # Those above attend by the kernel, as rows are longer than two blocks. These have windows by layers, or cannot do it
+    # so.
+    of_gemma = {"sliding_window": 40, "global_every": 2, "attention_softcap": 30.0, "local_rope_theta": 1e3}
+    for name, fields in (("windows", of_gemma), ("blocks", {"attention": "blocks"})):
+        sizes = dataclasses.replace(pit.reward_model, **fields)
+        add(dataclasses.replace(pit, policy_model=sizes, reward_model=sizes), "sft_policy, r_pit", f" {name}")
+    if arguments[1] > 1:  # where Muon gathers, and adapters take the layout of their weights
+        muon_pit, muon_srt = configs(*arguments, "muon")
+        add(muon_pit, "sft_policy, r_p, r_pit", " muon")
+        add(muon_srt, "dpo", " muon")
+        lora = LoraConfig(rank=8, targets=LAYER_MATRICES)
+        add(dataclasses.replace(pit, lora=lora), "rl_policy: rollout, rl_policy: update", " lora")
+        add(dataclasses.replace(srt, lora=lora), "dpo", " lora")
+    return found
 
 
 if __name__ == "__main__":

@@ -20,15 +20,12 @@ def test_every_step_compiles_for_a_v4_slice(arguments):
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-3000:]
     temporaries = json.loads(result.stdout.splitlines()[-1])
-    stages = ("sft", "r_p", "r_pit", "dpo")
-    steps = {"ppo_collect", "ppo_update", "sft_windows", "r_pit_windows", "r_pit_blocks"}
-    steps |= {f"{stage}_adamw" for stage in stages}
+    steps = {"sft_policy", "r_p", "r_pit", "dpo"}
+    programs = steps | {"rl_policy: rollout", "rl_policy: update", "rl_pit: rollout by difference"}
+    programs |= {f"{name} {kind}" for name in ("sft_policy", "r_pit") for kind in ("windows", "blocks")}
     if arguments[1] == "2":
-        steps |= {"dpo_lora", "ppo_collect_lora", "ppo_update_lora"} | {f"{stage}_muon" for stage in stages}
-    assert set(temporaries) == steps | {"difference_scores", "generate_with_stop"}
+        programs |= {f"{name} muon" for name in steps}
+        programs |= {"dpo lora", "rl_policy: rollout lora", "rl_policy: update lora"}
+    assert set(temporaries) == programs | {"self_feedback: answers"}
     # Two forward passes of a small model need no memory beyond their arguments.
-    assert all(
-        0 < size < 2**30
-        for name, size in temporaries.items()
-        if name not in ("difference_scores", "generate_with_stop")
-    )
+    assert all(0 < size < 2**30 for name, size in temporaries.items() if name in programs)
