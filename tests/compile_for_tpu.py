@@ -80,8 +80,7 @@ def main(*arguments) -> dict[str, int]:
     add(srt, "dpo, self_feedback: answers")
     by_difference = dataclasses.replace(pit, r_pit=dataclasses.replace(pit.r_pit, loss="r_p_difference"))
     add(by_difference, "rl_pit: rollout", " by difference")
-    # Those above attend by the kernel, as rows are longer than two blocks. These have windows by layers, or cannot do it
-    # so.
+    # Those above attend by the kernel, as rows are longer than two blocks; these have windows by layers, or do without.
     of_gemma = {"sliding_window": 40, "global_every": 2, "attention_softcap": 30.0, "local_rope_theta": 1e3}
     for name, fields in (("windows", of_gemma), ("blocks", {"attention": "blocks"})):
         sizes = dataclasses.replace(pit.reward_model, **fields)
