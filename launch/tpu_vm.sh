@@ -22,7 +22,8 @@
 #   NAME=pit ZONE=us-central2-b TYPE=v4-64     as Cloud TPU names it: v4-64 has 32 chips
 #   SPOT=1                one that costs less and may be taken away at any time
 #   SHARE=10.0.0.2:/pit   NFS (Filestore), mounted at /mnt/pit by install: all workers need to see --workdir
-#   VERSION=tpu-ubuntu2204-base PROJECT=... CREATE_FLAGS="--reserved --network=..."
+#   VERSION=tpu-ubuntu2204-base   that of v4; other kinds have others
+#   PROJECT=... CREATE_FLAGS="--reserved --network=..."
 #   RETRIES=3             how often keep starts again what failed on a slice that is well
 #
 # `gcloud auth login` comes first. Nothing of the environment is sent to the workers: a key that a run needs (HF_TOKEN)

@@ -422,6 +422,21 @@ def test_a_worker_trains_in_the_background(fakes, checkout):
 
 
 @needs_linux
+def test_a_worker_says_which_one_it_is(fakes, checkout):
+    fakes.add("hostname", "echo t1v-n-0a1b2c3d-w-3")
+    (checkout / "train.log").write_text("one\ntwo\n")
+    command = ["bash", checkout / "launch/worker.sh", "log"]
+    process = subprocess.Popen(
+        command, env=environment(fakes), stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert [process.stdout.readline() for _ in range(2)] == ["[3] one\n", "[3] two\n"]
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.communicate(timeout=10)
+
+
+@needs_linux
 def test_a_worker_is_installed(fakes, checkout):
     fakes.add("python3")  # new enough
     fakes.add("sudo")
@@ -527,6 +542,15 @@ def test_another_extra_is_installed_beside_what_is_there(fakes, checkout):
         assert launch("local.sh", *TRAIN, fakes=fakes, root=checkout, EXTRA=extra).returncode == 0
     installed = [call[-1] for call in fakes.calls() if call[1:3] == ["-m", "pip"]]
     assert [name.endswith(",hf]") for name in installed] == [False, True]
+
+
+def test_what_is_within_the_installed_extras_is_not_installed(fakes, checkout):
+    (checkout / ".venv/.installed-test").write_text("key\n")
+    assert launch("demo.sh", "--config.seed=1", fakes=fakes, root=checkout).returncode == 0
+    assert trained(fakes) == [["--config=configs/pit_synthetic.py", "--workdir=runs/demo", "--config.seed=1"]]
+    assert not [call for call in fakes.calls() if call[1:3] == ["-m", "pip"]]
+    assert launch("local.sh", *TRAIN, fakes=fakes, root=checkout, EXTRA="hf").returncode == 0
+    assert len([call for call in fakes.calls() if call[1:3] == ["-m", "pip"]]) == 1
 
 
 def sbatch(root, *flags):
