@@ -8,8 +8,9 @@
 #   bash launch/tpu_vm.sh logs          follows what all workers print; Ctrl-C ends the following alone
 #   bash launch/tpu_vm.sh status        how the slice and the training are
 #   bash launch/tpu_vm.sh stop          ends the training on all workers when the step that runs is saved
+#   bash launch/tpu_vm.sh send LOCAL REMOTE
 #   bash launch/tpu_vm.sh fetch REMOTE LOCAL
-#                                       copies a file or folder of worker 0 here
+#                                       copies a file or folder to worker 0, or from there
 #   bash launch/tpu_vm.sh on WORKER [COMMAND ...]
 #                                       a command in the checkout of a worker (0, 1, ... or all); without one, a shell
 #   bash launch/tpu_vm.sh keep --config=... --workdir=/mnt/pit/runs/NAME
@@ -49,6 +50,7 @@ case "$COMMAND" in
       [[ "$(quoted "$@")" == *" $needed"* ]] ||
         fail "$needed is missing: bash launch/tpu_vm.sh $COMMAND --config=FILE --workdir=/mnt/pit/runs/NAME"
     done ;;
+  send) [ $# -eq 2 ] || fail "bash launch/tpu_vm.sh send LOCAL REMOTE, as in: send pairs /mnt/pit/pairs" ;;
   fetch) [ $# -eq 2 ] || fail "bash launch/tpu_vm.sh fetch REMOTE LOCAL, as in: fetch /mnt/pit/runs/NAME/report ." ;;
   on) [ $# -gt 0 ] || fail "bash launch/tpu_vm.sh on WORKER [COMMAND ...], as in: on all df -h /mnt/pit" ;;
   -h | --help | help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"; exit 0 ;;
@@ -189,6 +191,7 @@ case "$COMMAND" in
     status
     ;;
   stop) on all "bash pit_jax/launch/worker.sh stop" ;;
+  send) call "${VM[@]}" scp --recurse "$1" "$NAME:$2" "${PLACE[@]}" --worker=0 ;;
   fetch) call "${VM[@]}" scp --recurse "$NAME:$1" "$2" "${PLACE[@]}" --worker=0 ;;
   on)
     if [ $# -gt 1 ]; then

@@ -165,6 +165,11 @@ needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="w
             {},
             [[*VM, "scp", "--recurse", "pit:/mnt/pit/a b", "to", "--zone=us-central2-b", "--worker=0"]],
         ),
+        (
+            ["send", "a b", "/mnt/pit/a b"],
+            {},
+            [[*VM, "scp", "--recurse", "a b", "pit:/mnt/pit/a b", "--zone=us-central2-b", "--worker=0"]],
+        ),
         (["run", *TRAIN], {}, [START]),
         (
             ["run", *TRAIN],
@@ -215,6 +220,7 @@ def test_arguments_come_through_the_shell_of_a_worker_as_they_were_typed(tmp_pat
         (["crate"], {}, "There is no command crate."),
         (["create", "--spot"], {}, "takes no arguments, but there is --spot"),
         (["fetch", "a"], {}, "fetch REMOTE LOCAL"),
+        (["send", "a"], {}, "send LOCAL REMOTE"),
         (["on"], {}, "on WORKER [COMMAND ...]"),
         (["run"], {}, "--config= is missing"),
         (["keep", "--config=a"], {}, "--workdir= is missing"),
