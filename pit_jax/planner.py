@@ -69,12 +69,20 @@ def collective_seconds(collective: cost.Collective, chip: Chip, axes: tuple[int,
     return collective.bytes_sent / (2 * max(used, 1) * chip.link_bandwidth)
 
 
-def needed(error: Exception) -> tuple[float | None, str]:
-    """(GiB that a refused program needs, what the compiler said)."""
+def needed(error: Exception, given: float = 0.0) -> tuple[float | None, str]:
+    """(GiB that a refused program needs, what the compiler said), in the two ways in which it says so.
+
+    Args:
+      error: of the compiler.
+      given: GiB of arguments, which lie beside what it calls temporaries.
+    """
     text = str(error)
-    found = re.search(r"Used ([\d.]+)([GMK]) of ([\d.]+)G hbm", text)
     scale = {"G": 1.0, "M": 1 / 1024, "K": 1 / 1024**2}
-    return (float(found[1]) * scale[found[2]] if found else None), found[0] if found else text.splitlines()[0]
+    if found := re.search(r"Used ([\d.]+)([GMK]) of ([\d.]+)G hbm", text):
+        return float(found[1]) * scale[found[2]], found[0]
+    if found := re.search(r"HLO temporaries \(([\d.]+)([GMK])\) exceeds available HBM \(([\d.]+)G\)", text):
+        return float(found[1]) * scale[found[2]] + given, found[0]
+    return None, text.splitlines()[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +121,8 @@ def measure(made: Lowered, place: Place) -> dict[str, Any]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        peak, said = needed(error)
+        given = (bytes_per_device(program.arguments) - bytes_per_device(program.shared)) / GIB
+        peak, said = needed(error, given)
         beside = parts.get("others", 0) / GIB
         return row | {
             "fits": False, "peak_gib": peak and peak + beside, "said": said,

@@ -37,9 +37,9 @@ class Chip:
 
 CHIPS = {
     "v4": Chip(275e12, 30.75 * GIB, 1.2e12, 45e9, 3, {"chip_config_name": "megacore"}),
-    "v5p": Chip(459e12, 95.74 * GIB, 2.765e12, 90e9, 3, {"chip_config_name": "megacore"}),
+    "v5p": Chip(459e12, 95.73 * GIB, 2.765e12, 90e9, 3, {"chip_config_name": "megacore"}),
     "v5e": Chip(197e12, 15.75 * GIB, 0.81e12, 45e9, 2),
-    "v6e": Chip(918e12, 31.25 * GIB, 1.6e12, 90e9, 2),
+    "v6e": Chip(918e12, 31.24 * GIB, 1.6e12, 90e9, 2),
 }
 
 SLICES = {

@@ -182,6 +182,12 @@ def test_rows_that_a_mesh_does_not_divide(values, stage, message):
 def test_what_the_compiler_says_of_a_program_that_does_not_fit():
     text = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 41.25G of 30.75G hbm. Exceeded by 10.5G."
     assert planner.needed(RuntimeError(text)) == (41.25, "Used 41.25G of 30.75G hbm")
+    text = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (512.00M) exceeds available HBM (15.75G). HLO module: jit_step."
+    )
+    said = "HLO temporaries (512.00M) exceeds available HBM (15.75G)"
+    assert planner.needed(RuntimeError(text), given=2.0) == (2.5, said)
     assert planner.needed(RuntimeError("RESOURCE_EXHAUSTED: no\nmore")) == (None, "RESOURCE_EXHAUSTED: no")
 
 
