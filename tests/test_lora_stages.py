@@ -13,7 +13,6 @@ from pit_jax.files import read_json
 from pit_jax.learners import ppo
 from pit_jax.models import lora
 from pit_jax.pipelines import common, pit
-from pit_jax.pipelines.stages import Candidates
 
 pytestmark = pytest.mark.usefixtures("one_device")
 LORA = LoraConfig(rank=2, alpha=4.0, targets=("q", "v", "up", "down"))
@@ -85,6 +84,6 @@ def test_candidates_of_a_policy_are_read_with_what_they_were_trained_on(tmp_path
     base = common.load_model(context, "sft_policy")
     adapted = lora.add(base, LORA, jax.random.key(1))
     moved = lora.with_trained(adapted, jax.tree.map(lambda x: x + 0.5, lora.trained(adapted)))
-    Candidates(context.workdir.candidates("rl_policy")).add(1, lora.trained(moved), {})
+    context.workdir.candidates("rl_policy").add(1, lora.trained(moved), {})
     (policy,) = pit.References(context, "policy_checkpoint", "sft_pit").policies
     jax.tree.map(np.testing.assert_array_equal, policy, moved)

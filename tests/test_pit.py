@@ -27,7 +27,7 @@ from pit_jax.models.transformer import ScalarModel, Transformer
 from pit_jax.pipelines import common, improve, pit
 from pit_jax.pipelines.common import Context
 from pit_jax.pipelines.improve import Step
-from pit_jax.pipelines.stages import Candidates, Workdir
+from pit_jax.pipelines.stages import Workdir
 from pit_jax.types import GAP_PAIRINGS, PreferenceExample
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -377,7 +377,7 @@ def test_references_of_pit_improve_the_policys(tmp_path, rows, encoder, drawn):
 def test_references_of_checkpoints_come_in_turn(tmp_path, rows, encoder, drawn, saved, in_turn):
     """Intermediate ones, neither the first nor the last; where there are none of these, all."""
     context = rl_context(tmp_path, encoder, rows)
-    candidates = Candidates(context.workdir.candidates("rl_policy"))
+    candidates = context.workdir.candidates("rl_policy")
     for step in saved:
         candidates.add(step, filled(context, "rl_policy", float(step)), {"score": 0.0})
     references = pit.References(context, "policy_checkpoint", "sft_pit")
