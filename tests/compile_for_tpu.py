@@ -73,6 +73,9 @@ def main(*arguments) -> dict[str, int]:
             for program in planner.made_programs(config, place, {name.partition(":")[0] for name in names}):
                 if program.stage in names:
                     compiled = planner.lowered(program).stage.compile()
+                    by_kernel = "tpu_custom_call" in compiled.as_text()
+                    # Rows that share tokens with a softcap go without it; and "blocks" is what a CPU does.
+                    assert by_kernel != (behind == " blocks" or (program.stage, behind) == ("r_pit", " windows"))
                     found[program.stage + behind] = compiled.memory_analysis().temp_size_in_bytes
 
     pit, srt = configs(*arguments, "adamw")
