@@ -266,6 +266,20 @@ def test_the_bound_is_the_longest_of_three(sft_row):
     assert of["compute"] == sft_row["flops"] / 275e12 and of["memory"] == sft_row["bytes"] / 1.2e12
 
 
+def test_what_is_given_and_not_read_is_held_too():
+    """As the optimizers in a rollout: 1,000 numbers on each of 4 devices, of which the program reads 10."""
+    place = slice_of_cpus("v4:2x2x1", 4, math.inf)
+    with jax.set_mesh(planner.on_place(SMALL, place)):
+        on = lambda n: jax.ShapeDtypeStruct(  # noqa: E731
+            (n,), jnp.float32, sharding=jax.NamedSharding(jax.sharding.get_mesh(), jax.P(None))
+        )
+        read = jax.jit(lambda params, x: x + params["w"][0])
+        program = programs.Program("r", "r_p", "reward_model", read, ({"w": on(10), "rest": on(1000)}, on(4)), 1.0, 1)
+        row = planner.measure(planner.lowered(program), place)
+    assert row["parts"]["parameters"] * slices.GIB == 4 * 1010
+    assert row["parts"]["temporaries"] >= 0 and row["peak_gib"] * slices.GIB >= 4 * (1010 + 4 + 4)
+
+
 def test_prefill_and_decode_do_not_overlap():
     """Decoding 8 tokens takes 8 times as much as one; what is read before it does not depend on how many come."""
     place = slice_of_cpus("v4:2x2x1", 4, math.inf)
