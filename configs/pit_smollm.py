@@ -8,8 +8,12 @@ FOLDER holds preference pairs (see python -m pit_jax.inspect_data). `:CHECKPOINT
 the sizes of any checkpoint that `pit_jax.convert` has made. The paper's rates are those of a model with tens of
 billions of parameters; here they are higher.
 
-Mesh: one device. Memory: RL holds about 40 bytes per parameter (see configs/pit_llama2.py), 5.4 GB at 135m and 14.5 GB
-at 360m, and activations of batches of 16. Not trained by us on an accelerator.
+Mesh: one device. Memory: RL holds about 40 bytes per parameter (policy and value model with AdamW and gradients in
+float32, ref_policy and reward model), 5.4 GB at 135m and 14.5 GB at 360m, and activations of batches of 16:
+
+    python -m pit_jax.plan --config=configs/pit_smollm.py:135m --topology=v5e:2x2
+
+says what that is for a slice of TPUs, with --topology=local for this machine. Not trained by us on an accelerator.
 """
 
 import dataclasses

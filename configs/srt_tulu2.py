@@ -18,9 +18,9 @@ Mesh: data x 4 (7b), data x 8 (13b and 70b). What fits is found without a TPU:
 
     python -m pit_jax.plan --config=configs/srt_tulu2.py:70b --topology=v4:4x8x8
 
-says of 70b on 256 chips of TPU v4 (30.75 GiB each) that a chip holds 17.1 GiB in stage 1, 20.4 and 26.1 where answers
-and critiques are sampled, 2.0 for the log-probs of ref_policy and 13.0 in DPO; and that a batch takes 2.1 seconds in
-stage 1 (32 sequences of 8,192 tokens) and 1.6 in DPO (32 pairs of 6,176) at best, an MFU of 79% and 75%. For 7b and
+says of 70b on 256 chips of TPU v4 (30.75 GiB each) that a chip holds 15.7 GiB in stage 1, 20.4 and 26.1 where answers
+and critiques are sampled, 2.0 for the log-probs of ref_policy and 13.0 in DPO; and that a batch takes 2.2 seconds in
+stage 1 (32 sequences of 8,192 tokens) and 1.6 in DPO (32 pairs of 6,176) at best, an MFU of 77% and 75%. For 7b and
 13b: --smallest. Not trained by us.
 """
 
