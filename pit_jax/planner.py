@@ -250,24 +250,21 @@ def made_programs(config: Any, place: Place, stages: Sequence[str] | None = None
 
 def measured(config: Any, place: Place, stages: Sequence[str] | None, say: Callable[[str], None]) -> list[dict]:
     """Rows of all programs, in their order; each is said when it is known. Two are in the compiler at a time."""
-    mesh = on_place(config, place)
+    found = made_programs(config, place, stages)  # mistakes of the config come before minutes of compiling
     futures: list[concurrent.futures.Future] = []
+    said: set[concurrent.futures.Future] = set()
 
     def wait(most: int) -> None:
-        running = [future for future in futures if future not in said]
-        while len(running) > most:
+        while len(running := [future for future in futures if future not in said]) > most:
             done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
             for future in done:
                 say(describe(future.result()))
                 said.add(future)
-            running = [future for future in running if future not in said]
 
-    said: set[concurrent.futures.Future] = set()
-    with jax.set_mesh(mesh), concurrent.futures.ThreadPoolExecutor(2) as pool:
-        for make in makers_of(config, mesh, stages).values():
-            for program in make():
-                wait(2)  # a third is traced meanwhile
-                futures.append(pool.submit(measure, lowered(program), place))
+    with jax.set_mesh(on_place(config, place)), concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for program in found:
+            wait(2)  # a third is traced meanwhile
+            futures.append(pool.submit(measure, lowered(program), place))
         wait(0)
     return [future.result() for future in futures]
 
