@@ -311,10 +311,6 @@ def _hbm_bytes(op: Op, types: dict[str, str], computations: Computations) -> int
 
 def _fusion_bytes(op: Op, types: dict[str, str], computations: Computations) -> int:
     inside = {o.name: o for o in computations.get(_called(op, "calls"), [])}
-    uses: dict[str, list[Op]] = {}
-    for o in inside.values():
-        for name in o.operands:
-            uses.setdefault(name, []).append(o)
 
     def source(o: Op) -> Op:
         """What an operation passes on."""
@@ -334,10 +330,30 @@ def _fusion_bytes(op: Op, types: dict[str, str], computations: Computations) -> 
     parameters = {int(o.arguments): o.name for o in inside.values() if o.kind == "parameter"}
     for i, name in enumerate(op.operands):
         size, parameter = num_bytes(types.get(name, ""), is_in_hbm), parameters.get(i, "")
-        used = uses.get(parameter, [])
         if parameter in updated:
             size = 0
-        elif used and all(o.kind in ("dynamic-slice", "slice", "gather") for o in used):
-            size = min(size, sum(num_bytes(o.type) for o in used))
+        elif size:
+            size = min(size, _bytes_read(parameter, size, inside, computations))
         total += size
+    return total
+
+
+def _bytes_read(name: str, size: int, inside: dict[str, Op], computations: Computations) -> int:
+    """Of an operand of `size` bytes: all of it, or where it is only sliced, here or in a fusion within, the slices."""
+    total = 0
+    for op in inside.values():
+        if name not in op.operands:
+            continue
+        if op.kind in ("dynamic-slice", "slice", "gather"):
+            total += num_bytes(op.type)
+        elif op.kind == "bitcast":
+            total += _bytes_read(op.name, size, inside, computations)
+        elif op.kind == "fusion":
+            within = {o.name: o for o in computations.get(_called(op, "calls"), [])}
+            parameters = {int(o.arguments): o.name for o in within.values() if o.kind == "parameter"}
+            for i, operand in enumerate(op.operands):
+                if operand == name:
+                    total += _bytes_read(parameters.get(i, ""), size, within, computations)
+        else:
+            return size
     return total

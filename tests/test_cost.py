@@ -184,6 +184,38 @@ ENTRY %main (x: f32[6,10], y: bf16[64]) -> f32[6,10] {
         assert cost.traffic(text.replace("TARGET", target)).hbm_bytes == moved
 
 
+def test_a_slice_within_a_fusion_within_a_fusion_is_what_is_read():
+    """One of 6 layers' weights, as products of decoding take it, and whole what another use reads whole."""
+    text = """
+%take (stack: f32[6,8,4], i: s32[]) -> f32[8,4] {
+  %stack = f32[6,8,4]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %one = f32[1,8,4]{2,1,0} dynamic-slice(%stack, %i, %zero, %zero), dynamic_slice_sizes={1,8,4}
+  ROOT %flat = f32[8,4]{1,0} bitcast(%one)
+}
+
+%product (weights: f32[6,8,4], j: s32[], x: f32[2,8]) -> f32[2,4] {
+  %weights = f32[6,8,4]{2,1,0} parameter(0)
+  %j = s32[] parameter(1)
+  %x = f32[2,8]{1,0} parameter(2)
+  %same = f32[6,8,4]{2,1,0} bitcast(%weights)
+  %layer = f32[8,4]{1,0} fusion(%same, %j), kind=kLoop, calls=%take
+  ROOT %out = f32[2,4]{1,0} OTHER(%x, %layer)
+}
+
+ENTRY %main (w: f32[6,8,4], n: s32[], y: f32[2,8]) -> f32[2,4] {
+  %w = f32[6,8,4]{2,1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %y = f32[2,8]{1,0} parameter(2)
+  ROOT %all = f32[2,4]{1,0} fusion(%w, %n, %y), kind=kOutput, calls=%product
+}
+"""
+    layer, rest = 8 * 4 * 4, 4 + 2 * 8 * 4 + 2 * 4 * 4
+    assert cost.traffic(text.replace("OTHER", "convolution")).hbm_bytes == layer + rest
+    assert cost.traffic(text.replace("OTHER(%x, %layer", "custom(%x, %layer, %same")).hbm_bytes == 6 * layer + rest
+
+
 def test_what_a_ring_sends():
     """n - 1 of n parts; of a sum twice, as its parts go round as well."""
     sent = lambda kind: cost.Collective(kind, 400, 1, 4).bytes_sent  # noqa: E731
