@@ -37,7 +37,8 @@ AWKWARD = [
 # Writes its name and arguments down, then does what the test says: `next FILE` takes a line of FILE (the last one again
 # and again), prints it, and ends with the status behind "exit".
 FAKE = r"""#!/usr/bin/env bash
-{ printf '%s\x1f' "${0##*/}" "$@"; printf '\x1e'; } >>"$FAKES/calls"
+printf -v call '%s\x1f' "${0##*/}" "$@"
+printf '%s\x1e' "$call" >>"$FAKES/calls" # at once: several may be running
 next() {
   local line
   line="$(head -n 1 "$FAKES/$1")"
@@ -500,7 +501,10 @@ def test_local_ends_the_others_where_one_crashes(fakes, checkout):
 def test_local_passes_a_signal_on_and_does_not_start_again(tmp_path, fakes, checkout, number, status, grace):
     add_python(fakes, checkout, WAITS)
     more = {"STATUS_FILE": str(tmp_path / "status"), "GRACE": grace}
-    process = subprocess.Popen(["bash", checkout / "launch/local.sh", *TRAIN], env=environment(fakes, **more))
+    # As at a terminal: what a shell has put into the background, which tests may be, ignores Ctrl-C.
+    not_ignored = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    command = ["bash", checkout / "launch/local.sh", *TRAIN]
+    process = subprocess.Popen(command, env=environment(fakes, **more), preexec_fn=not_ignored)
     until(lambda: lines(fakes.folder / "here"))
     process.send_signal(number)
     assert process.wait(10) == status
