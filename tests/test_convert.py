@@ -79,6 +79,10 @@ def test_import_and_export_bring_everything_back(theirs, tmp_path, capsys):
     # 300 rows are more than the 290 ids and the 2 symbols.
     assert (description.config.num_tokens, description.config.vocab_size) == (300, 384)
     assert hf.read_description(tmp_path / "ckpt") == description
+    earlier = hf.read_json(tmp_path / "ckpt" / "model.json")
+    del earlier["model"]["attention"], earlier["model"]["attention_block"]
+    (tmp_path / "ckpt" / "model.json").write_text(json.dumps(earlier))
+    assert hf.read_description(tmp_path / "ckpt") == description, "of a version that had one way to attend"
     assert checkpoint.all_steps(tmp_path / "ckpt") == [0]
     names = {path.name for path in (tmp_path / "ckpt" / "tokenizer").iterdir()}
     assert names == {"tokenizer.json", "generation_config.json", "chat_template.jinja"}

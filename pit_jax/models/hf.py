@@ -112,7 +112,9 @@ def read_description(folder: str | Path) -> Description:
         raise ValueError(f"{folder} has no {DESCRIPTION}: make one with `python -m pit_jax.convert --from=hf`")
     values = read_json(path)
     try:
-        config = config_lib.from_config_dict(ModelConfig, values["model"], "model")
+        # How a model is computed, which an earlier version did not ask about, is not what it is.
+        how = {f.name: f.default for f in dataclasses.fields(ModelConfig) if f.name in ("attention", "attention_block")}
+        config = config_lib.from_config_dict(ModelConfig, how | values["model"], "model")
         return Description(values["kind"], values["family"], values["dtype"], config, values["kept"])
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is not of this version of pit_jax ({error}): convert the model again") from error
