@@ -198,17 +198,21 @@ def make_ppo(
 
     def collect(state: PPOState, ref_params: Params, reward_params: Params, batch: RLBatch, key: Array):
         # 1. Sample with the current policy, its weights gathered once.
-        gathered = sharding.gather_weights(state.policy.params, model.rules, model.config.dtype)
-        rollout = sampling.generate(
-            gathered, batch.prompts, iteration_key(key, state, 0), model=decode_model, config=settings, eos_id=eos_id
-        )
+        with jax.named_scope("rollout"):
+            gathered = sharding.gather_weights(state.policy.params, model.rules, model.config.dtype)
+            rollout = sampling.generate(
+                gathered, batch.prompts, iteration_key(key, state, 0), model=decode_model, config=settings,
+                eos_id=eos_id,
+            )  # fmt: skip
         mask = rollout.response_mask
         # 2. Log-probs under the SFT policy, and the KL per token.
-        ref_log_probs, _ = read(ref_params, rollout)
+        with jax.named_scope("reference"):
+            ref_log_probs, _ = read(ref_params, rollout)
         kl = adv.kl_estimate(rollout.log_probs, ref_log_probs, kind=config.kl_estimator) * mask
         # 3. Scores, relative to the prompt's other answers; running statistics bring them to unit scale; a penalty
         #    where no EOS came.
-        raw = score(reward_params, rollout, batch)
+        with jax.named_scope("reward"):
+            raw = score(reward_params, rollout, batch)
         reward = relative_scores(raw, config.samples_per_prompt)
         statistics = update_statistics(state.scores, reward)
         if config.normalize_scores:
@@ -218,7 +222,8 @@ def make_ppo(
         # 4. Reward per token: -beta * KL, and the score at the last one.
         rewards = adv.token_rewards(reward, kl, mask, kl_coef=state.kl_coef)
         # 5. Values and generalised advantages.
-        values = response_values(value_model, state.value.params, rollout) * mask
+        with jax.named_scope("value"):
+            values = response_values(value_model, state.value.params, rollout) * mask
         advantages, returns = adv.gae(rewards, values, mask, discount=config.discount, gae_lambda=config.gae_lambda)
         # 6. Advantages of mean 0 and variance 1 over the tokens of the whole rollout.
         advantages = masked_whiten(advantages, mask)
