@@ -156,8 +156,8 @@ def main(argv: list[str]) -> None:
             run.write(evaluation, " ".join(["python -m pit_jax.evaluate", *sys.argv[1:]]))
             if _SHEET.value:
                 print(f"A sheet for annotators: {run.write_sheet(evaluation, _SHEET.value, _SHEET_SIZE.value)}")
-        printed = (context.workdir.root / "tables.txt").read_text(encoding="utf-8")
-    print(printed)
+        context.workdir.push()
+        print((context.workdir.root / "tables.txt").read_text(encoding="utf-8"))
     print(f"Everything is in {workdir}: report/index.html, results.json, tables/, evaluation/, samples/test.jsonl.")
 
 

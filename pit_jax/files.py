@@ -33,6 +33,14 @@ def is_remote(path: Path) -> bool:
     return str(path).startswith("gs://")
 
 
+def changed_at(path: Path) -> float:
+    """When a file was last written, to compare with; 0 where there is none."""
+    if not path.exists():
+        return 0
+    stat = path.stat()
+    return stat.st_mtime_ns if hasattr(stat, "st_mtime_ns") else stat.mtime
+
+
 def remove_tree(path: Path) -> None:
     """Deletes a folder with all that is in it; nothing where there is none."""
     if not is_remote(path):

@@ -104,6 +104,7 @@ def main(argv: list[str]) -> None:
         with jax.set_mesh(sharding.make_mesh(context.config.mesh.data, context.config.mesh.model)):
             size = 1 if _INTERACTIVE.value else _BATCH_SIZE.value
             improver = improve_file.Improver(context, settings_of_flags(context, method), size)
+            context.workdir.push()  # answers by which a threshold was calibrated
             if _INTERACTIVE.value:
                 improve_file.interactive(improver)
             else:

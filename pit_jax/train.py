@@ -39,12 +39,12 @@ def main(argv: list[str]) -> None:
         config = common.of_checkpoint(config)
         system, evaluate = SYSTEMS[type(config)]
         tables = workdir / "tables.txt"
-        written = tables.stat().st_mtime_ns if tables.exists() else 0
+        written = files.changed_at(tables)
         typed = (a for a in sys.argv[1:] if not a.startswith(("--stage", "--redo")))
         command = " ".join(["python -m pit_jax.train", *typed])
         common.run(system, config, workdir, evaluate, _STAGE.value, command, _REDO.value)
     if tables.exists() and _STAGE.value in (None, "evaluate"):
-        finished = tables.stat().st_mtime_ns == written
+        finished = files.changed_at(tables) == written
         print(("All stages were done before.\n" if finished else "") + "\n" + tables.read_text(encoding="utf-8"))
         print(f"Everything is in {workdir}: report/index.html, results.json, metrics.jsonl, samples/, models/.")
         print(f"Every table and figure of the paper: python -m pit_jax.evaluate --workdir={workdir} --tables=all")

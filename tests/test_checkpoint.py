@@ -394,6 +394,14 @@ def test_in_a_bucket_the_manifest_makes_a_checkpoint(bucket):
     assert checkpoint.all_steps(bucket) == [2]
 
 
+def test_when_a_file_was_written(bucket, tmp_path):
+    for path in (tmp_path / "local", files.place(bucket) / "file"):
+        path.parent.mkdir(exist_ok=True)
+        assert files.changed_at(path) == 0
+        path.write_text("x")
+        assert files.changed_at(path) == files.changed_at(path) > 0
+
+
 def test_places():
     assert files.place("runs/demo") == Path("runs/demo") and not files.is_remote(Path("runs/demo"))
     place = files.place("gs://bucket/run") / "models"

@@ -89,8 +89,7 @@ def run(
         if evaluate:
             evaluate(state, 0)
 
-    pending: tuple[int, Metrics] | None = None
-    data_seconds: dict[int, float] = {}
+    pending: tuple[int, Metrics, float] | None = None  # with the seconds that the batch took
     clock = time.perf_counter()
 
     def flush():
@@ -98,7 +97,7 @@ def run(
         nonlocal pending, clock
         if pending is None:
             return
-        step, values = pending[0], metrics.reduce(pending[1])
+        step, values, data_seconds = pending[0], metrics.reduce(pending[1]), pending[2]
         pending = None
         bad = metrics.nonfinite(values)
         if bad:
@@ -110,8 +109,7 @@ def run(
                 "stage (in a new --workdir) or look at the rows of that step."
             )
         now = time.perf_counter()
-        writer.write(stage, step, values | {"seconds": now - clock, "seconds/data": data_seconds[step]})
-        del data_seconds[step]
+        writer.write(stage, step, values | {"seconds": now - clock, "seconds/data": data_seconds})
         clock = now
         bar.update(1, values)
 
@@ -124,10 +122,10 @@ def run(
             trace(step, state)
             began = time.perf_counter()
             batch = batch_at(step)
-            data_seconds[step + 1] = time.perf_counter() - began
+            seconds = time.perf_counter() - began
             state, values = train_step(state, batch)
             flush()
-            pending = (step + 1, values)
+            pending = (step + 1, values, seconds)
             last = step + 1 == num_steps
             evaluate_now = evaluate and (last or (eval_every and (step + 1) % eval_every == 0))
             number = asked()
