@@ -138,9 +138,9 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
     if _BENCHMARK.value or not _WORKDIR.value:
         return score_benchmark()
-    workdir = files.place(_WORKDIR.value)
     with cli.one_line_errors("the same command goes on with what is in evaluation/"):
         processes.start()
+        workdir = files.place(_WORKDIR.value)
         cli.keep_programs(workdir)
         context = common.open_workdir(workdir, train_command(workdir), writes=True)
         system = SYSTEMS[type(context.config)]

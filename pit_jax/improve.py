@@ -91,12 +91,12 @@ def main(argv: list[str]) -> None:
     """A user's mistake ends in one line on stderr and status 2."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
-    workdir = files.place(_WORKDIR.value)
     goes_on = "" if _INTERACTIVE.value else f"the same command goes on from {_OUTPUT.value}.partial"
     with cli.one_line_errors(goes_on):
         if _INTERACTIVE.value == bool(_INPUT.value or _OUTPUT.value) or bool(_INPUT.value) != bool(_OUTPUT.value):
             raise ValueError("name --input=FILE and --output=FILE, or --interactive")
         processes.start()
+        workdir = files.place(_WORKDIR.value)
         cli.keep_programs(workdir)
         if _INTERACTIVE.value and processes.are_several():
             raise ValueError("--interactive is for one process: use --input and --output")

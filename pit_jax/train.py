@@ -30,10 +30,10 @@ def main(argv: list[str]) -> None:
     """Runs the config; a user's mistake ends in one line on stderr and status 2."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}; fields are set as --config.FIELD=VALUE")
-    workdir = files.place(_WORKDIR.value)
     again = ", without --redo," if _REDO.value else ""  # which would delete what was just trained
-    with cli.one_line_errors(f"the same command{again} goes on from the last checkpoint in {workdir}"):
+    with cli.one_line_errors(f"the same command{again} goes on from the last checkpoint in {_WORKDIR.value}"):
         processes.start()
+        workdir = files.place(_WORKDIR.value)
         cli.keep_programs(workdir)
         config = config_lib.from_config_dict(config_lib.class_of(_CONFIG.value), _CONFIG.value)
         config = common.of_checkpoint(config)

@@ -221,6 +221,11 @@ def test_another_config_is_refused(finished, cache):
     assert "config.ppo.kl_coef: 0.2 -> 0.5" in result.stderr and "Traceback" not in result.stderr
 
 
+def test_a_bucket_of_another_kind_is_one_line():
+    result = train("s3://bucket/run")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "gs://BUCKET" in result.stderr
+
+
 def test_a_misspelt_field_names_the_nearest(tmp_path):
     result = train(tmp_path / "w", "--config.ppo.kl_cof=0.5")
     assert result.returncode == 2 and "Traceback" not in result.stderr
