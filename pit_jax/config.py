@@ -275,6 +275,7 @@ class SamplingConfig:
     temperature: float = 1.0  # 0: greedy
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
+    slots: int = 0  # rows that are written at a time: those that end make room for others; 0: all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,6 +286,7 @@ class PPOConfig:
     value_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5)
     num_iterations: int = 100
     rollout_size: int = 128  # answers per iteration
+    rollout_slots: int = 0  # answers that are written at a time: those that end make room for others; 0: all
     samples_per_prompt: int = 1  # above 1: each score is taken relative to the mean of the prompt's other answers
     num_epochs: int = 4
     num_minibatches: int = 4

@@ -283,3 +283,72 @@ def test_a_row_ends_behind_a_stop_sequence():
         assert mask.tolist() == [k < lengths[-1] for k in range(12)]
         np.testing.assert_array_equal(got[mask], row[: lengths[-1]])
     assert lengths[0] <= 6 and max(lengths) == 12, "one row stops and one does not"
+
+
+MANY = [[1, 5, 9], [1, 4], [1, 7, 3, 11, 6], [1], [3, 3], [4, 8, 1], [5, 5, 5, 5], [9, 1], [6, 12], [1, 13, 2, 2], [7]]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+@pytest.mark.parametrize("slots", [1, 3, 8])
+def test_rows_that_take_turns_in_slots_are_the_same_rows(slots, temperature):
+    """Also where a slot's cache still holds what the row before it has left, and the ring has gone round."""
+    whole = generate(MANY, temperature=temperature, max_new_tokens=9)
+    lengths = whole.response_mask.sum(1)
+    assert lengths.min() < 5 and lengths.max() == 9, "rows end at different times"
+    turns = generate(MANY, temperature=temperature, max_new_tokens=9, slots=slots)
+    for name in ("tokens", "segments", "positions", "response_mask"):
+        np.testing.assert_array_equal(getattr(turns, name), getattr(whole, name))
+    np.testing.assert_allclose(turns.log_probs, whole.log_probs, rtol=1e-4, atol=1e-5)
+
+
+def test_slots_that_are_free_take_prompts_that_wait(monkeypatch):
+    """Of 16 rows every fourth has 7 tokens and the others one, of which reading the prompt gives the first.
+
+    In 8 slots, of which one is filled at a time. The first long row stands in slot 3, the next in those after it as
+    soon as they are free: tokens 2 to 7 of all take 6 steps, where two batches of 8 would take 12.
+    """
+    read = []
+
+    def counted(*arguments, **kwargs):
+        if kwargs.get("method") is None and arguments[1].shape[1] == 1:
+            jax.debug.callback(lambda: read.append(1))
+        return apply(*arguments, **kwargs)
+
+    apply = MODEL.apply
+    monkeypatch.setattr(type(MODEL), "apply", lambda self, *arguments, **kwargs: counted(*arguments, **kwargs))
+    params = forced({5: EOS}, then=9)
+    prompts = [[1, 5], [1, 5], [1, 5], [1, 6]] * 4
+    for slots, expected in ((0, 6), (8, 6), (2, 12)):
+        read.clear()
+        rollout = generate(prompts, params=params, max_new_tokens=7, slots=slots)
+        jax.effects_barrier()
+        np.testing.assert_array_equal(rollout.response_mask.sum(1), [1, 1, 1, 7] * 4)
+        assert len(read) == expected, slots
+
+
+def test_a_prompt_of_several_samples_is_read_once(monkeypatch):
+    rows = []
+
+    def counted(prompts):
+        rows.append(len(prompts.tokens))
+        return layout(prompts)
+
+    layout = sampling.prompt_layout
+    prompts = [row for row in MANY[:4] for _ in range(3)]
+    batch = sharding.shard_batch(batches.prompt_rows(prompts, 6))
+
+    def run(samples, slots):
+        settings = SamplingConfig(max_new_tokens=9, slots=slots)
+        one = functools.partial(
+            sampling.generate, model=MODEL, config=settings, eos_id=EOS, samples=samples
+        )  # fmt: skip
+        return jax.device_get(jax.jit(one)(made(), batch, jax.random.key(0)))
+
+    expected = run(1, 0)
+    assert not np.array_equal(expected.tokens[0], expected.tokens[1]), "samples differ"
+    monkeypatch.setattr(sampling, "prompt_layout", counted)
+    for slots, read in ((0, 4), (6, 1)):
+        rows.clear()
+        for a, b in zip(run(3, slots), expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+        assert rows[0] == read, "the last is that of the whole rollout"

@@ -190,7 +190,7 @@ def make_ppo(
        update(state, experience, statistics, mean KL, key) -> (state, metrics)); `update` donates the state. `key` is
        the typed PRNG key of the run: an iteration folds its number in. As an argument, it lets rounds share a program.
     """
-    settings = SamplingConfig(max_new_tokens=max_new_tokens, temperature=config.temperature)
+    settings = SamplingConfig(max_new_tokens=max_new_tokens, temperature=config.temperature, slots=config.rollout_slots)
     read = functools.partial(response_log_probs, model, temperature=config.temperature, chunk_size=config.chunk_size)
 
     def iteration_key(key: Array, state: PPOState, purpose: int) -> Array:
@@ -202,7 +202,7 @@ def make_ppo(
             gathered = sharding.gather_weights(state.policy.params, model.rules, model.config.dtype)
             rollout = sampling.generate(
                 gathered, batch.prompts, iteration_key(key, state, 0), model=decode_model, config=settings,
-                eos_id=eos_id,
+                eos_id=eos_id, samples=config.samples_per_prompt,
             )  # fmt: skip
         mask = rollout.response_mask
         # 2. Log-probs under the SFT policy, and the KL per token.

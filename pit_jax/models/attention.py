@@ -82,6 +82,29 @@ def attention(q: Array, k: Array, v: Array, mask: Array, query_scale: float = 0.
     return out.transpose(0, 3, 1, 2, 4)
 
 
+def attention_to_cache(
+    q: Array, k: Array, v: Array, mask: Array, query_scale: float = 0.0, softcap: float = 0.0
+) -> Array:
+    """`attention` of one token per row to a cache.
+
+    Args:
+      q: [B, 1, K, G, H].
+      k: [B, K, H, S].
+      v: [B, K, S, H].
+      mask: [B, 1, S].
+      query_scale, softcap: of `attention`.
+
+    Returns:
+      [B, 1, K, G, H].
+    """
+    q = q[:, 0] * (query_scale or q.shape[-1]) ** -0.5
+    scores = jnp.einsum("bkgh,bkhs->bkgs", q, k, preferred_element_type=jnp.float32)
+    if softcap:
+        scores = softcap * jnp.tanh(scores / softcap)
+    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -1e30), axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgs,bksh->bkgh", weights, v)[:, None]
+
+
 # ------------------------------------------------------------------------------------------------------ one entrance
 
 

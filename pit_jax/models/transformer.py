@@ -16,35 +16,61 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from pit_jax.config import ModelConfig
-from pit_jax.models.attention import Places, attention, reach_of, self_attention, sight
+from pit_jax.models.attention import Places, attention_to_cache, reach_of, self_attention, sight
 from pit_jax.sharding import RULES, AxisRules, gather_weights
-from pit_jax.types import Array
+from pit_jax.types import Array, Params
 
 
 class KVCache(NamedTuple):
-    """Keys and values of all layers, carried through the layer scan and updated in place.
+    """Keys and values of all layers, updated in place.
+
+    The slots of keys stand last, so that the product with a query reads along them.
 
     Attributes:
-      k, v: [L, B, S, K, H].
+      k: [L, B, K, H, S]; or L arrays, where the layers are apart.
+      v: [L, B, K, S, H]; or L arrays.
       segments: [B, S] int32, 0 where nothing valid is stored.
-      positions: [B, S] int32, which say how far back a key is: slots of other rows may lie between.
-      index: [] int32, the slot that the next token is written to (the same for all rows: prompts are left-padded).
+      positions: [B, S] int32, which say how far back a key is: slots are in any order.
+      index: [] int32, the slot that the next token is written to, the same for all rows.
     """
 
-    k: Array
-    v: Array
+    k: Array | tuple[Array, ...]
+    v: Array | tuple[Array, ...]
     segments: Array
     positions: Array
     index: Array
 
 
-def init_cache(config: ModelConfig, batch_size: int, length: int, rules: AxisRules = RULES) -> KVCache:
-    """An empty cache for `length` slots."""
-    shape = (config.num_layers, batch_size, length, config.num_kv_heads, config.head_dim)
-    spec = rules.spec(None, "batch", None, "heads", None)
-    zeros = lambda: jnp.zeros(shape, config.dtype, out_sharding=spec)  # noqa: E731
+def init_cache(
+    config: ModelConfig, batch_size: int, length: int, rules: AxisRules = RULES, apart: bool = False
+) -> KVCache:
+    """An empty cache for `length` slots; `apart` where the layers are (`layers_apart`)."""
+    K, H = config.num_kv_heads, config.head_dim
+    spec = rules.spec("batch", "heads", None, None)
+
+    def zeros(*shape: int):
+        if apart:
+            return tuple(jnp.zeros(shape, config.dtype, out_sharding=spec) for _ in range(config.num_layers))
+        return jnp.zeros((config.num_layers, *shape), config.dtype, out_sharding=jax.P(None, *spec))
+
     slots = lambda: jnp.zeros((batch_size, length), jnp.int32, out_sharding=rules.spec("batch", None))  # noqa: E731
-    return KVCache(zeros(), zeros(), slots(), slots(), jnp.int32(0))
+    k, v = zeros(batch_size, K, H, length), zeros(batch_size, K, length, H)
+    return KVCache(k, v, slots(), slots(), jnp.int32(0))
+
+
+def layers_apart(params: Params) -> Params:
+    """Parameters with "layers" as a tuple of the trees of each layer, for a decoder that goes through them one by one.
+
+    On a CPU a loop over stacked layers copies the weights and the cache of each layer for every token; the compiler of
+    other devices reads them where they are, and a loop has less to compile.
+    """
+
+    def apart(tree):
+        stacked = tree["layers"]
+        length = len(jax.tree.leaves(stacked)[0])
+        return {**tree, "layers": tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(length))}
+
+    return {name: apart(tree) if "layers" in tree else tree for name, tree in params.items()}
 
 
 def rotary(x: Array, positions: Array, theta: float | Array) -> Array:
@@ -123,7 +149,10 @@ class RMSNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. The carry is (x [B, T, D], keys and values of all layers or None, layer number)."""
+    """One layer. The carry is (x [B, T, D], keys and values of all layers or None, layer number).
+
+    `queries` are where the tokens of x stand. They see each other; or `keys`, what is in the cache.
+    """
 
     config: ModelConfig
     rules: AxisRules
@@ -178,7 +207,7 @@ class Block(nn.Module):
         return is_global, jnp.where(is_global, far, near)
 
     @nn.compact
-    def __call__(self, carry, queries: Places, keys: Places):
+    def __call__(self, carry, queries: Places, keys: Places | None):
         x, cache, layer = carry
         c, rules = self.config, self.rules
         D, F, K, H = c.d_model, c.mlp_dim, c.num_kv_heads, c.head_dim
@@ -200,14 +229,15 @@ class Block(nn.Module):
             if c.qk_norm:
                 q, k = self._norm("q_norm")(q), self._norm("k_norm")(k)
             q, k = rotary(q, queries.positions, frequency), rotary(k, queries.positions, frequency)
-            if cache is not None:
-                cache, k, v = _update_cache(cache, layer, k, v)
             how = {"query_scale": c.query_scale, "softcap": c.attention_softcap}
-            if cache is None:
+            if cache is not None:
+                cache = _write(cache, layer, k, v)
+            if keys is None:
                 how |= {"kind": c.attention, "window": c.sliding_window, "block": c.attention_block}
                 y = self_attention(q, k, v, queries, is_global, **how)
             else:
-                y = attention(q, k, v, sight(queries, keys, reach_of(c.sliding_window, is_global)), **how)
+                mask = sight(queries, keys, reach_of(c.sliding_window, is_global))
+                y = attention_to_cache(q, _of_layer(cache.k, layer), _of_layer(cache.v, layer), mask, **how)
             start = None
             if c.copy_init:
                 # Heads that pass on what they attend to: without this a small model needs several times the steps
@@ -239,13 +269,21 @@ def _normal(stddev: float, spec: jax.P):
     return init
 
 
-def _update_cache(cache: KVCache, layer: Array, k: Array, v: Array):
-    """Writes k, v [B, T, K, H] at (layer, index) and returns the cache with this layer's [B, S, K, H] keys, values."""
-    start = (layer, 0, cache.index, 0, 0)
-    keys = jax.lax.dynamic_update_slice(cache.k, k[None], start)
-    values = jax.lax.dynamic_update_slice(cache.v, v[None], start)
-    one = lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)  # noqa: E731
-    return cache._replace(k=keys, v=values), one(keys), one(values)
+def _write(cache: KVCache, layer: Array | int, k: Array, v: Array) -> KVCache:
+    """The cache with k, v [B, T, K, H] at (layer, index)."""
+    k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+    at_k, at_v = (0, 0, 0, cache.index), (0, 0, cache.index, 0)
+    if isinstance(cache.k, tuple):
+        put = lambda all, new, at: (  # noqa: E731
+            *all[:layer], jax.lax.dynamic_update_slice(all[layer], new, at), *all[layer + 1 :],
+        )  # fmt: skip
+    else:
+        put = lambda all, new, at: jax.lax.dynamic_update_slice(all, new[None], (layer, *at))  # noqa: E731
+    return cache._replace(k=put(cache.k, k, at_k), v=put(cache.v, v, at_v))
+
+
+def _of_layer(all: Array | tuple[Array, ...], layer: Array | int) -> Array:
+    return all[layer] if isinstance(all, tuple) else jax.lax.dynamic_index_in_dim(all, layer, 0, keepdims=False)
 
 
 class Transformer(nn.Module):
@@ -296,7 +334,8 @@ class Transformer(nn.Module):
           segments: [B, T] int32; positions attend within their own segment only, 0 is padding.
           positions: [B, T] int32, place in the segment, or in the row: for the rotary embedding and sliding windows
             (where a kernel attends, a window counts slots: see `self_attention`).
-          cache: keys and values of earlier tokens; T new ones are written at `cache.index`.
+          cache: keys and values of earlier tokens, to which one per row is added at `cache.index`; or an empty one, to
+            which all T are. Then tokens see each other, and else what the cache holds.
           members: [B, T] int32 sets of rows as bits, for rows that share what they begin with (`ScoreBatch`): a token
             attends to those that stand in all of its rows. Not with a cache.
 
@@ -305,14 +344,16 @@ class Transformer(nn.Module):
         """
         c, T = self.config, tokens.shape[1]
         assert cache is None or members is None, "rows that share tokens are read in one go"
-        queries = keys = Places(jnp.arange(T), segments, positions, members)
+        queries, keys = Places(jnp.arange(T), segments, positions, members), None
         if cache is not None:
             write = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, cache.index))  # noqa: E731
             cache = cache._replace(
                 segments=write(cache.segments, segments), positions=write(cache.positions, positions)
             )
-            queries = queries._replace(slots=cache.index + queries.slots)
-            keys = Places(jnp.arange(cache.segments.shape[1]), cache.segments, cache.positions)
+            if T == 1:
+                S = cache.segments.shape[1]
+                keys = Places(jnp.arange(S), cache.segments, cache.positions)
+                queries = queries._replace(slots=jnp.full(1, S))  # behind all that is stored
 
         # The whole table is gathered for the look-up: rows of a table that is sharded over the vocabulary cannot be
         # picked by index without either this or a one-hot product over V.
@@ -320,7 +361,13 @@ class Transformer(nn.Module):
         x = table.at[tokens].get(out_sharding=self.rules.spec("batch", None, None))
         if c.embedding_scale:
             x = x * c.d_model**0.5
-        (x, cache, _), _ = self.layers((x, cache, jnp.int32(0)), queries, keys)
+        if isinstance(stacked := self.variables["params"].get("layers"), tuple):
+            lora = self.variables.get("lora", {}).get("layers")
+            for layer, own in enumerate(stacked):
+                tree = {"params": own} | ({"lora": lora[layer]} if lora else {})
+                (x, cache, _), _ = Block(c, self.rules, parent=None).apply(tree, (x, cache, layer), queries, keys)
+        else:
+            (x, cache, _), _ = self.layers((x, cache, jnp.int32(0)), queries, keys)
         if cache is not None:
             cache = cache._replace(index=cache.index + T)
         return self.norm(x), cache
