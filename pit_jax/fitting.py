@@ -70,7 +70,7 @@ def levers(config: Any, settings: str, model: str, stage: str, data: int) -> lis
         for name in dict.fromkeys((model, "reward_model") if kind == "update" else (model,)):
             policies = ("none", "dots", "full")
             found.append(Lever(f"{name}.remat", policies[policies.index(_field(config, name).remat) :]))
-    if has("chunk_size"):
+    if has("chunk_size") and kind != "rollout":
         smaller = (size for size in (512, 128, 32) if not group.chunk_size or size < group.chunk_size)
         found.append(Lever(f"{settings}.chunk_size", (group.chunk_size, *smaller)))
     if has("rollout_size"):

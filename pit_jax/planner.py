@@ -157,8 +157,7 @@ def measure(made: Lowered, place: Place) -> dict[str, Any]:
     if program.while_trips:
         rest = seconds_of(flops(0), cost.traffic(text, 0), chip, place.axes)
         decode = {name: whole[name] - rest[name] for name in whole}
-        before = "prefill" if isinstance(program.arguments[0], dict) else "prefill, log-probs, scores, values"
-        row["phases"] = {before: rest, f"decode of {program.while_trips} tokens": decode}
+        row["phases"] = {"prefill": rest, f"decode of {program.while_trips} tokens": decode}
         bound = sum(max(phase.values()) for phase in row["phases"].values())
     return row | {
         "seconds": bound,

@@ -182,7 +182,7 @@ class _Maker:
         )
 
     def rl(self, stage: str, model: str, path: str) -> list[Program]:
-        """The rollout with its log-probs, scores and values, and the updates."""
+        """The rollout; its log-probs, scores and values; the updates."""
         sizes, settings = field(self.config, model), field(self.config, path)
         is_pit = stage == "rl_pit"
         P, R = batches.round_up(self.pit_prompt if is_pit else self.policy_prompt), self.answer
@@ -197,7 +197,7 @@ class _Maker:
             row, mask = self.array(B, short + R), self.array(B, R, dtype=jnp.bool_)
             answers = Rollout(row, row, row, self.array(B, R, dtype=jnp.float32), mask)
             batch = ppo.RLBatch(batch.prompts, PromptBatch(self.array(B, short), self.array(B)), answers)
-        collect, update = ppo.make_ppo(
+        sample, judge, update = ppo.make_ppo(
             module, Transformer(sizes, sharding.DECODE_RULES), scorer, score, *optimizers_, settings,
             max_new_tokens=R, eos_id=EOS,
         )  # fmt: skip
@@ -206,8 +206,8 @@ class _Maker:
         policy, value = self.state(module, optimizers_[0]), self.state(scorer, optimizers_[1])
         state = ppo.PPOState(self.array(), policy, value, number, statistics)
         frozen = self.params(module), self.params(scorer)
-        arguments = state, *frozen, batch, self.key
-        experience, _, statistics, _ = jax.eval_shape(collect, *arguments)
+        rollout = on_mesh(jax.eval_shape(sample, state, batch, self.key), self.mesh)
+        experience, _, statistics, _ = jax.eval_shape(judge, state, *frozen, batch, rollout)
         reads = forward_flops(sizes, B, P + R, R)
         reward, length = self.config.reward_model, (short if by_difference else P) + R
         scores = forward_flops(reward, B, length, 0) * (2 if by_difference else 1)
@@ -221,8 +221,12 @@ class _Maker:
         adapted = max((lora.trained(s.params) for s in (policy, value)), key=_size)
         return [
             Program(
-                f"{stage}: rollout", path, model, collect, arguments, sampled + reads + scores + values, B * (P + R), R,
-                cache=self.cache(sizes, B, P + R), beside=others, shared=shared,
+                f"{stage}: rollout", path, model, sample, (state, batch, self.key), sampled, B * (P + R), R,
+                cache=self.cache(sizes, B, P + R), beside=(*held, *others),
+            ),
+            Program(
+                f"{stage}: reward", path, model, judge, (state, *frozen, batch, rollout), reads + scores + values,
+                B * (P + R), beside=others, shared=shared,
             ),
             Program(
                 f"{stage}: update", path, model, update, (state, *learning, number, self.key),

@@ -75,16 +75,16 @@ def main(*arguments) -> dict[str, int]:
                     compiled = planner.lowered(program).stage.compile()
                     by_kernel = "tpu_custom_call" in compiled.as_text()
                     # Not with a cache; not where rows that share tokens have a softcap; "blocks" is what a CPU does.
-                    without = program.stage == "self_feedback: answers" or behind == " blocks"
+                    without = program.stage in ("self_feedback: answers", "rl_policy: rollout") or behind == " blocks"
                     without |= (program.stage, behind) == ("r_pit", " windows")
                     assert by_kernel != without, f"{program.stage}{behind}: {by_kernel}"
                     found[program.stage + behind] = compiled.memory_analysis().temp_size_in_bytes
 
     pit, srt = configs(*arguments, "adamw")
-    add(pit, "sft_policy, r_p, r_pit, rl_policy: rollout, rl_policy: update")
+    add(pit, "sft_policy, r_p, r_pit, rl_policy: rollout, rl_policy: reward, rl_policy: update")
     add(srt, "dpo, self_feedback: answers")
     by_difference = dataclasses.replace(pit, r_pit=dataclasses.replace(pit.r_pit, loss="r_p_difference"))
-    add(by_difference, "rl_pit: rollout", " by difference")
+    add(by_difference, "rl_pit: reward", " by difference")
     # Those above attend by the kernel, as rows are longer than two blocks; these have windows by layers, or do without.
     of_gemma = {"sliding_window": 40, "global_every": 2, "attention_softcap": 30.0, "local_rope_theta": 1e3}
     for name, fields in (("windows", of_gemma), ("blocks", {"attention": "blocks"})):
@@ -95,7 +95,7 @@ def main(*arguments) -> dict[str, int]:
         add(muon_pit, "sft_policy, r_p, r_pit", " muon")
         add(muon_srt, "dpo", " muon")
         lora = LoraConfig(rank=8, targets=LAYER_MATRICES)
-        add(dataclasses.replace(pit, lora=lora), "rl_policy: rollout, rl_policy: update", " lora")
+        add(dataclasses.replace(pit, lora=lora), "rl_policy: rollout, rl_policy: reward, rl_policy: update", " lora")
         add(dataclasses.replace(srt, lora=lora), "dpo", " lora")
     return found
 

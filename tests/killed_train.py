@@ -1,8 +1,8 @@
 """Runs `pit_jax.train` and kills it with SIGKILL at a named point: python tests/killed_train.py POINT FLAGS...
 
-Points: rollout (while the second rollout of a stage is sampled), update (while the second update runs), rounds
-(between two rounds of the curriculum), save (a checkpoint is written but has not got its name yet), choice (the
-evaluator's parameters were chosen, but the stage is not marked as done).
+Points: rollout (while the second rollout of a stage is sampled), reward (while it is judged), update (while the second
+update runs), rounds (between two rounds of the curriculum), save (a checkpoint is written but has not got its name
+yet), choice (the evaluator's parameters were chosen, but the stage is not marked as done).
 """
 
 import os
@@ -17,6 +17,9 @@ import jax
 from pit_jax import train
 from pit_jax.learners import ppo
 from pit_jax.pipelines import stages
+
+PROGRAMS = ("rollout", "reward", "update")
+"""What `ppo.make_ppo` gives."""
 
 
 def die() -> None:
@@ -52,13 +55,14 @@ def die_within(call: int, function):
 def main() -> None:
     """Patches one point, then runs the real command."""
     point = sys.argv.pop(1)
-    if point in ("rollout", "update"):
+    if point in PROGRAMS:
         make_ppo = ppo.make_ppo
 
         def patched(*args, **kwargs):
-            collect, update = make_ppo(*args, **kwargs)
-            # collect is called once for the candidate at step 0, then for each iteration
-            return (die_within(3, collect), update) if point == "rollout" else (collect, die_within(2, update))
+            made = dict(zip(PROGRAMS, make_ppo(*args, **kwargs), strict=True))
+            # All but the update are called once for the candidate at step 0, then for each iteration.
+            made[point] = die_within(2 if point == "update" else 3, made[point])
+            return tuple(made.values())
 
         ppo.make_ppo = patched
     elif point in ("rounds", "choice"):

@@ -112,12 +112,12 @@ def rl(policy, reward, found: dict) -> None:
     settings = PPOConfig(rollout_size=8, samples_per_prompt=2, num_epochs=1, num_minibatches=2)
     score = lambda params, rollout, _: ppo.rollout_scores(SCORER, params, rollout)  # noqa: E731
     sgd = optax.sgd(0.5)
-    collect, update = ppo.make_ppo(POLICY, DECODER, SCORER, score, sgd, sgd, settings, max_new_tokens=5, eos_id=2)
+    sample, judge, update = ppo.make_ppo(POLICY, DECODER, SCORER, score, sgd, sgd, settings, max_new_tokens=5, eos_id=2)
     ref, value = jax.tree.map(lambda x: x * 1.1, policy), jax.tree.map(lambda x: x * 0.9, reward)
     state = ppo.create(policy, value, sgd, sgd, 0.1)
     batch = sharding.shard_batch(ppo.RLBatch(batches.prompt_rows(rows(8, 1, 6, 3), 6)))
     key = jax.random.key(0)
-    experience, raw, statistics, values = collect(state, ref, reward, batch, key)
+    experience, raw, statistics, values = judge(state, ref, reward, batch, sample(state, batch, key))
     rollout = sharding.to_host(experience.rollout)
     state, more = update(state, experience, statistics, values["kl"][0] / values["kl"][1], key)
     found |= {"tokens": rollout.tokens, "raw": sharding.to_host(raw), "ppo": metrics.reduce(values | more)}

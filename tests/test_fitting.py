@@ -58,7 +58,10 @@ def test_values_of_a_config_and_what_to_type():
              ("ppo_pit.num_minibatches", (4, 8, 12, 24))],
         ),
         (
-            PIT, "ppo_pit", "pit_model", "rl_pit: rollout",
+            PIT, "ppo_pit", "pit_model", "rl_pit: rollout", [("ppo_pit.rollout_size", (96, 48, 32, 16))],
+        ),
+        (
+            PIT, "ppo_pit", "pit_model", "rl_pit: reward",
             [("ppo_pit.chunk_size", (0, 512, 128, 32)), ("ppo_pit.rollout_size", (96, 48, 32, 16))],
         ),
         (SRT, "dpo", "policy_model", "dpo: log-probs", [("dpo.chunk_size", (0, 512, 128, 32))]),

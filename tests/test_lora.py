@@ -346,15 +346,16 @@ def test_ppo_starts_at_its_reference_and_keeps_it():
     settings = PPOConfig(rollout_size=8, num_epochs=2, num_minibatches=2, temperature=0.7, kl_coef=0.3)
     optimizer = optax.adam(1e-2)
     score = lambda params, rollout, _: ppo.rollout_scores(SCORER, params, rollout)  # noqa: E731
-    collect, update = ppo.make_ppo(
+    sample, judge, update = ppo.make_ppo(
         POLICY, DECODER, SCORER, score, optimizer, optimizer, settings, max_new_tokens=5, eos_id=EOS
     )
     state = ppo.create(adapted(POLICY, FEW), adapted(SCORER, FEW), optimizer, optimizer, settings.kl_coef)
     rng, key, found = np.random.default_rng(0), jax.random.key(3), []
     for _ in range(3):
         prompts = batches.prompt_rows([[1, *ids(rng, 0, 5)] for _ in range(8)], 6)
+        batch = sharding.shard_batch(ppo.RLBatch(prompts))
         frozen = lora.base(state.policy.params), lora.base(state.value.params)
-        experience, raw, statistics, metrics = collect(state, *frozen, sharding.shard_batch(ppo.RLBatch(prompts)), key)
+        experience, raw, statistics, metrics = judge(state, *frozen, batch, sample(state, batch, key))
         state, more = update(state, experience, statistics, metrics["kl"][0] / metrics["kl"][1], key)
         found.append((mean(metrics["kl"]), mean(more["policy/first_ratio_max"]), mean(more["policy/ratio_max"])))
     kls, first_ratios, ratios = zip(*found, strict=True)

@@ -138,12 +138,14 @@ def test_what_rl_holds_together(one_device, rank):
                    (config.policy_model, config.pit_model))  # fmt: skip
     reward = 4 * sum(x.size for x in jax.tree.leaves(common.shapes(ScalarModel(config.reward_model))))
     adapters = lambda layers: 4 * layers * (2 * 16 * rank + 1 if rank else 0)  # noqa: E731
-    rollout, update = (planner.held(named(config, f"rl_pit: {x}")) for x in ("rollout", "update"))
+    held = lambda kind: planner.held(named(config, f"rl_pit: {kind}"))  # noqa: E731
+    rollout, judged, update = map(held, ("rollout", "reward", "update"))
     trained = pit + reward + adapters(3) + adapters(2)
-    assert rollout["parameters"] == trained + (0 if rank else pit + reward)
-    assert rollout["others"] == policy  # the default curriculum is data, policy
-    assert update["parameters"] == trained
-    assert update["others"] == policy + (0 if rank else pit + reward)
+    frozen = 0 if rank else pit + reward
+    assert judged["parameters"] == trained + frozen
+    assert judged["others"] == policy  # the default curriculum is data, policy
+    for other in (rollout, update):
+        assert other["parameters"] == trained and other["others"] == policy + frozen
     # Prompts of 16 + 8 + 32 tokens and answers of 8, of 16 rows; 2 heads of 4 in float32, keys and values, 3 layers.
     slots = 16 * (16 + 8 + 32 + 8)
     assert rollout["cache"] == 2 * 3 * slots * 2 * 4 * 4 + 2 * 4 * slots + 4
@@ -207,8 +209,8 @@ CONFIGS = dict(config_files())
     [
         (
             "pit_synthetic:smoke",
-            ["pretrain", "sft_policy", "sft_pit", "r_p", "r_pit", "rl_policy: rollout", "rl_policy: update",
-             "rl_pit: rollout", "rl_pit: update"],
+            ["pretrain", "sft_policy", "sft_pit", "r_p", "r_pit", "rl_policy: rollout", "rl_policy: reward",
+             "rl_policy: update", "rl_pit: rollout", "rl_pit: reward", "rl_pit: update"],
         ),
         ("srt_tulu2:70b", ["srt", "self_feedback: answers", "self_feedback: critiques", "dpo: log-probs", "dpo"]),
     ],

@@ -1,7 +1,10 @@
 """RL as a stage: which models a round reads, what it scores, and which of its checkpoints it leaves behind."""
 
+import collections
 import functools
+import json
 import shutil
+import time
 import types
 
 import jax
@@ -95,13 +98,20 @@ def mark(params):
 def collected(monkeypatch):
     """PPO without its arithmetic: an update adds 1 to the policy, `measured` says KL and score after each step.
 
-    What every call of collect was given: first the selection rows at step 0, then a training batch and the selection
+    What every call of judge was given: first the selection rows at step 0, then a training batch and the selection
     rows in turn.
     """
-    calls = types.SimpleNamespace(measured={}, seen=[])
+    calls = types.SimpleNamespace(measured={}, seen=[], seconds=collections.Counter())
 
     def make_ppo(model, decode_model, value_model, score, *optimizers, max_new_tokens, eos_id):
-        def collect(state, ref_params, reward_params, batch, key):
+        def sample(state, batch, key):
+            time.sleep(calls.seconds["rollout"])
+            prompts = jax.device_get(batch.prompts)
+            answers = [Characters().encode("ok")] * len(prompts.lengths)
+            return sampling.append_ids(prompts, answers, max_new_tokens, eos_id)
+
+        def judge(state, ref_params, reward_params, batch, rollout):
+            time.sleep(calls.seconds["reward"])
             value = state.value.params["params"]
             calls.seen.append(
                 types.SimpleNamespace(
@@ -110,18 +120,16 @@ def collected(monkeypatch):
                     batch=jax.device_get(batch),
                 )
             )  # fmt: skip
-            prompts = jax.device_get(batch.prompts)
-            answers = [Characters().encode("ok")] * len(prompts.lengths)
-            rollout = sampling.append_ids(prompts, answers, max_new_tokens, eos_id)
             kl, raw = calls.measured.get(int(state.step), (0.0, 0.0))
             metrics = {"kl": (kl, 1.0), "score": (raw, 1.0), "length": (3.0, 1.0)}
             return ppo.Experience(rollout, None, None, None), None, state.scores, metrics
 
         def update(state, experience, statistics, mean_kl, key):
+            time.sleep(calls.seconds["update"])
             params = jax.tree.map(lambda x: x + 1, state.policy.params)
             return state._replace(step=state.step + 1, policy=state.policy._replace(params=params)), {}
 
-        return collect, update
+        return sample, judge, update
 
     monkeypatch.setattr(pit.ppo, "make_ppo", make_ppo)
     monkeypatch.setattr(common, "sample", lambda model, params, prompts, key, **_: [[ord("y")] for _ in prompts])
@@ -197,6 +205,18 @@ def test_the_answers_to_one_prompt_stand_together_and_share_its_ref_response(run
     run("rl_pit_1", rollout_size=8, samples_per_prompt=4, num_iterations=1)
     prompts = unpadded(collected.seen[1].batch.prompts)
     assert prompts[:4] == [prompts[0]] * 4 and prompts[4:] == [prompts[4]] * 4 and prompts[0] != prompts[4]
+
+
+def test_seconds_of_an_iteration_by_what_they_are_spent_on(run, collected):
+    collected.seconds.update(rollout=0.02, reward=0.15, update=0.4)
+    _, context = run("rl_policy", num_iterations=2)
+    lines = (context.workdir.root / "metrics.jsonl").read_text().splitlines()
+    lines = [line for line in map(json.loads, lines) if "seconds" in line]
+    assert len(lines) == 2
+    for line in lines:
+        for name, least in collected.seconds.items():
+            assert least <= line[f"seconds/{name}"] < least + 0.12, name
+        assert sum(line[f"seconds/{name}"] for name in ("data", "rollout", "reward", "update")) <= line["seconds"]
 
 
 def test_candidates_are_measured_on_the_same_selection_rows(run, collected):

@@ -106,14 +106,15 @@ def ppo_iteration(shape):
     score = lambda params, rollout, _: ppo.rollout_scores(SCORER, params, rollout)  # noqa: E731
     with mesh_of(*shape):
         optimizer = optax.sgd(0.5)
-        collect, update = ppo.make_ppo(
+        sample, judge, update = ppo.make_ppo(
             POLICY, DECODER, SCORER, score, optimizer, optimizer, settings, max_new_tokens=R, eos_id=EOS
         )
         state = ppo.create(parameters(POLICY), parameters(SCORER), optimizer, optimizer, 0.1)
         ref = jax.tree.map(lambda x: x * 1.1, parameters(POLICY))
         before, key = jax.tree.map(jax.typeof, state), jax.random.key(0)
         batch = sharding.shard_batch(ppo.RLBatch(batches.prompt_rows(rows(16, 1, 6), 6)))
-        experience, raw, statistics, metrics = collect(state, ref, parameters(SCORER), batch, key)
+        rollout = sample(state, batch, key)
+        experience, raw, statistics, metrics = judge(state, ref, parameters(SCORER), batch, rollout)
         of_rows = jax.tree.leaves(jax.tree.map(lambda x: jax.typeof(x).sharding.spec[0], experience))
         assert set(of_rows) == {"data"}, "every row of the experience lies along data"
         collected = jax.device_get((experience, raw, statistics, metrics))

@@ -21,11 +21,12 @@ def test_every_step_compiles_for_a_v4_slice(arguments):
     assert result.returncode == 0, result.stderr[-3000:]
     temporaries = json.loads(result.stdout.splitlines()[-1])
     steps = {"sft_policy", "r_p", "r_pit", "dpo"}
-    programs = steps | {"rl_policy: rollout", "rl_policy: update", "rl_pit: rollout by difference"}
+    of_rl = {f"rl_policy: {name}" for name in ("rollout", "reward", "update")}
+    programs = steps | of_rl | {"rl_pit: reward by difference"}
     programs |= {f"{name} {kind}" for name in ("sft_policy", "r_pit") for kind in ("windows", "blocks")}
     if arguments[1] == "2":
         programs |= {f"{name} muon" for name in steps}
-        programs |= {"dpo lora", "rl_policy: rollout lora", "rl_policy: update lora"}
+        programs |= {f"{name} lora" for name in ("dpo", *of_rl)}
     assert set(temporaries) == programs | {"self_feedback: answers"}
     # Two forward passes of a small model need no memory beyond their arguments.
     assert all(0 < size < 2**30 for name, size in temporaries.items() if name in programs)

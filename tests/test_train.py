@@ -111,7 +111,10 @@ def test_a_second_start_says_that_all_is_done(finished, cache):
     assert (workdir / "tables.txt").read_text() in result.stdout and contents(workdir) == before
 
 
-@pytest.mark.parametrize("point", ["rollout", "update", "save", pytest.param("rounds", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "point",
+    ["rollout", "update", "save", *(pytest.param(point, marks=pytest.mark.slow) for point in ("reward", "rounds"))],
+)
 def test_a_killed_run_resumes_bitwise(point, finished, until_rl, cache, tmp_path):
     workdir = tmp_path / "smoke"
     shutil.copytree(until_rl, workdir)
@@ -120,7 +123,7 @@ def test_a_killed_run_resumes_bitwise(point, finished, until_rl, cache, tmp_path
     assert not (workdir / "results.json").exists()
     from pit_jax import checkpoint
 
-    if point in ("rollout", "update"):
+    if point in ("rollout", "reward", "update"):
         assert checkpoint.latest_step(workdir / "checkpoints/rl_policy") == 1, "it goes on from the middle of the stage"
     resumed = train(workdir, cache=cache)
     assert resumed.returncode == 0, resumed.stderr[-2000:]

@@ -5,7 +5,7 @@ The two differ only in their prompts: `Human: {x}Assistant:` and
 A prompt followed by its sampled response is, token for token, the row that R_P and R_PIT were trained on
 (appendix A), so the reward model reads the rollout as it is.
 
-One iteration, in numbered steps: `collect` is 1 to 6, `update` is 7.
+One iteration, in numbered steps: `sample` is 1, `judge` is 2 to 6, `update` is 7.
 """
 
 import functools
@@ -174,7 +174,7 @@ def make_ppo(
     max_new_tokens: int,
     eos_id: int,
 ):
-    """The two jitted halves of an iteration.
+    """The three jitted programs of an iteration.
 
     Args:
       model, decode_model: the same decoder with the rules of training and of decoding.
@@ -186,7 +186,8 @@ def make_ppo(
       eos_id: ends a response.
 
     Returns:
-      (collect(state, ref_params, reward_params, batch, key) -> (Experience, scores [B], new statistics, metrics),
+      (sample(state, batch, key) -> Rollout,
+       judge(state, ref_params, reward_params, batch, rollout) -> (Experience, scores [B], new statistics, metrics),
        update(state, experience, statistics, mean KL, key) -> (state, metrics)); `update` donates the state. `key` is
        the typed PRNG key of the run: an iteration folds its number in. As an argument, it lets rounds share a program.
     """
@@ -196,14 +197,16 @@ def make_ppo(
     def iteration_key(key: Array, state: PPOState, purpose: int) -> Array:
         return jax.random.fold_in(jax.random.fold_in(key, state.step), purpose)
 
-    def collect(state: PPOState, ref_params: Params, reward_params: Params, batch: RLBatch, key: Array):
+    def sample(state: PPOState, batch: RLBatch, key: Array):
         # 1. Sample with the current policy, its weights gathered once.
         with jax.named_scope("rollout"):
             gathered = sharding.gather_weights(state.policy.params, model.rules, model.config.dtype)
-            rollout = sampling.generate(
+            return sampling.generate(
                 gathered, batch.prompts, iteration_key(key, state, 0), model=decode_model, config=settings,
                 eos_id=eos_id, samples=config.samples_per_prompt,
             )  # fmt: skip
+
+    def judge(state: PPOState, ref_params: Params, reward_params: Params, batch: RLBatch, rollout: Rollout):
         mask = rollout.response_mask
         # 2. Log-probs under the SFT policy, and the KL per token.
         with jax.named_scope("reference"):
@@ -286,4 +289,4 @@ def make_ppo(
             kl_coef = adv.adaptive_kl_update(kl_coef, mean_kl, B, target=config.kl_target, horizon=config.kl_horizon)
         return PPOState(state.step + 1, policy, value, kl_coef, statistics), metrics
 
-    return jax.jit(collect), jax.jit(update, donate_argnums=0)
+    return jax.jit(sample), jax.jit(judge), jax.jit(update, donate_argnums=0)

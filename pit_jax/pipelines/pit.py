@@ -363,6 +363,9 @@ def text_metrics(context: Context, rollout: Rollout, batch: TextBatch) -> dict:
 def rl_stage(context: Context, stage: str, settings: PPOConfig, start: str, references: References | None) -> dict:
     """PPO for M_P (no references) or for one round of M_PIT; KL to the SFT model throughout.
 
+    Of the seconds of an iteration, seconds/rollout is the sampling, seconds/reward what reads the answers afterwards
+    (ref_policy, reward model, value model), seconds/update the learning, seconds/data what comes before all these.
+
     Args:
       context: of the run.
       stage: rl_policy, rl_pit_1, ...
@@ -398,7 +401,7 @@ def rl_stage(context: Context, stage: str, settings: PPOConfig, start: str, refe
         score = functools.partial(ppo.difference_scores, scorer)
     else:
         score = lambda params, rollout, _: ppo.rollout_scores(scorer, params, rollout)  # noqa: E731
-    collect, update = ppo.make_ppo(
+    sample, judge, update = ppo.make_ppo(
         model, Transformer(model.config, sharding.DECODE_RULES), scorer, score, optimizer, value_optimizer, settings,
         max_new_tokens=config.data.response_window, eos_id=e.tokenizer.eos_id,
     )  # fmt: skip
@@ -432,25 +435,29 @@ def rl_stage(context: Context, stage: str, settings: PPOConfig, start: str, refe
         return ref_params or lora.base(state.policy.params), reward
 
     def evaluate(state: ppo.PPOState, step: int) -> None:
-        experience, _, _, metrics = collect(state, *frozen(state), validation.arrays, key)
+        rollout = sample(state, validation.arrays, key)
+        _, _, _, metrics = judge(state, *frozen(state), validation.arrays, rollout)
         measured = {name: float(metrics[name][0] / metrics[name][1]) for name in ("kl", "score", "length")}
-        texts = text_metrics(context, sharding.to_host(experience.rollout), validation)
+        texts = text_metrics(context, sharding.to_host(rollout), validation)
         measured |= {name: float(value / weight) for name, (value, weight) in texts.items()}
         candidates.add(step, lora.trained(state.policy.params), measured)
         context.writer.write(stage, step, {f"selection/{k}": v for k, v in measured.items()})
         if step:
-            _show(context, stage, step, experience.rollout, validation)
+            _show(context, stage, step, rollout, validation)
 
     def train_step(state, batch: TextBatch):
         began = time.perf_counter()
-        experience, _, statistics, metrics = collect(state, *frozen(state), batch.arrays, key)
-        rollout = sharding.to_host(experience.rollout)
-        collected = time.perf_counter()
+        rollout = jax.block_until_ready(sample(state, batch.arrays, key))
+        sampled = time.perf_counter()
+        experience, _, statistics, metrics = judge(state, *frozen(state), batch.arrays, rollout)
+        rollout = sharding.to_host(rollout)
+        jax.block_until_ready(experience)
+        judged = time.perf_counter()
         state, more = update(state, experience, statistics, metrics["kl"][0] / metrics["kl"][1], key)
         metrics |= more | text_metrics(context, rollout, batch)  # texts are read while the update runs
         jax.block_until_ready(state.step)
-        seconds = {"seconds/rollout": collected - began, "seconds/update": time.perf_counter() - collected}
-        return state, metrics | {name: (value, 1.0) for name, value in seconds.items()}
+        seconds = {"rollout": sampled - began, "reward": judged - sampled, "update": time.perf_counter() - judged}
+        return state, metrics | {f"seconds/{name}": (value, 1.0) for name, value in seconds.items()}
 
     # The value model starts as the reward model, with a head of zeros: rewards are normalised, raw scores are not.
     value_params = {"params": value_params | jax.tree.map(jnp.zeros_like, heads)}
