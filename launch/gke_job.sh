@@ -5,7 +5,8 @@
 #   bash launch/gke_job.sh storage      makes a Filestore share for it, seen by the run at /mnt/pit
 #   bash launch/gke_job.sh run --config=... --workdir=/mnt/pit/runs/NAME
 #                                       queues the run, in an image with the last commit of this checkout; it goes on by
-#                                       itself after a preemption
+#                                       itself after a preemption. --workdir=gs://BUCKET/runs/NAME needs no storage, but
+#                                       nodes that may write to the bucket
 #   bash launch/gke_job.sh logs         follows what all its workers print; Ctrl-C ends the following alone
 #   bash launch/gke_job.sh status       whether it waits, runs, or has ended
 #   bash launch/gke_job.sh delete       ends and deletes the run, not the cluster, which costs money until
@@ -16,7 +17,8 @@
 #   CLUSTER=pit TYPE=v4-64      as xpk names both; NAME=pit-7b, the run's name
 #   SPOT=1 SLICES=1             for create; several slices are not supported by run yet
 #   STORAGE=pit SIZE=2560       name and GB of the share
-#   IMAGE=...                   an image in which pit_jax is installed, instead of one made from python:3.11
+#   IMAGE=...                   an image in which pit_jax is installed (for a bucket with the extra gcs), instead of one
+#                               made from python:3.11
 #   RESTARTS=50 PROJECT=... ZONE=... (those of gcloud)
 #
 # `gcloud auth login` comes first. Nothing of the environment is sent to the workers.
@@ -56,10 +58,14 @@ PLACE=(--cluster="$CLUSTER")
 STORAGE="${STORAGE:-pit}"
 
 run() {
-  local folder=/tmp/pit_jax.XXXXXX status=0 line argument
+  local folder=/tmp/pit_jax.XXXXXX status=0 line argument extras=report,tpu,hf
   for argument in "$@"; do
-    [[ "$argument" != --workdir=* ]] || [[ "$argument" == --workdir=/mnt/pit/* ]] ||
-      fail "$argument is lost when a worker is: take a workdir below /mnt/pit."
+    case "$argument" in
+      --workdir=gs://*/*) extras+=,gcs ;;
+      --workdir=/mnt/pit/*) ;;
+      --workdir=*)
+        fail "$argument is lost when a worker is: take a workdir below /mnt/pit, or gs://BUCKET/runs/NAME." ;;
+    esac
   done
   for argument in --config= --workdir=; do
     [[ "$(quoted "$@")" == *" $argument"* ]] ||
@@ -67,9 +73,10 @@ run() {
   done
   # exec: SIGTERM comes to the shell of the container, and has to reach Python.
   line="exec python -m pit_jax.train$(quoted "$@")"
-  command=(xpk workload create "${PLACE[@]}" --workload="$NAME" --tpu-type="$TYPE" --storage="$STORAGE"
+  command=(xpk workload create "${PLACE[@]}" --workload="$NAME" --tpu-type="$TYPE"
     --env=PIT_JAX_DISTRIBUTED=1 --max-restarts="${RESTARTS:-50}" --restart-on-exit-codes="$RESTART"
     --termination-grace-period-seconds=300)
+  [[ "$(quoted "$@")" != *=/mnt/pit/* ]] || command+=(--storage="$STORAGE") # for a workdir there, or pairs
   if [ -n "${IMAGE:-}" ]; then
     call "${command[@]}" --docker-image="$IMAGE" --command="$line"
     return
@@ -77,7 +84,7 @@ run() {
   git -C "$ROOT" rev-parse --quiet --verify HEAD >/dev/null || fail "$ROOT is no git checkout: what goes is a commit."
   git -C "$ROOT" diff --quiet HEAD || echo "What is changed and not committed stays here." >&2
   [ -n "${DRY_RUN:-}" ] || folder="$(mktemp -d)"
-  line="python -m pip install --quiet --constraint launch/requirements.lock '.[report,tpu,hf]' && $line"
+  line="python -m pip install --quiet --constraint launch/requirements.lock '.[$extras]' && $line"
   call git -C "$ROOT" archive --format=tar --output="$folder/pit_jax.tar" HEAD &&
     call mkdir "$folder/pit_jax" &&
     call tar -xf "$folder/pit_jax.tar" -C "$folder/pit_jax" &&

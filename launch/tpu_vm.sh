@@ -22,7 +22,9 @@
 #
 #   NAME=pit ZONE=us-central2-b TYPE=v4-64     as Cloud TPU names it: v4-64 has 32 chips
 #   SPOT=1                one that costs less and may be taken away at any time
-#   SHARE=10.0.0.2:/pit   NFS (Filestore), mounted at /mnt/pit by install: all workers need to see --workdir
+#   SHARE=10.0.0.2:/pit   NFS (Filestore), mounted at /mnt/pit by install: all workers need to see --workdir. None is
+#                         needed for --workdir=gs://BUCKET/runs/NAME, which the service account of the slice must be
+#                         allowed to write to, and which lies near the slice
 #   VERSION=tpu-ubuntu2204-base   that of v4; other kinds have others
 #   PROJECT=... CREATE_FLAGS="--reserved --network=..."
 #   RETRIES=3             how often keep starts again what failed on a slice that is well
@@ -50,6 +52,8 @@ case "$COMMAND" in
       [[ "$(quoted "$@")" == *" $needed"* ]] ||
         fail "$needed is missing: bash launch/tpu_vm.sh $COMMAND --config=FILE --workdir=/mnt/pit/runs/NAME"
     done ;;
+  send | fetch)
+    [[ " $* " != *" gs://"* ]] || fail "A bucket is within reach from here: gcloud storage cp --recursive FROM TO" ;;&
   send) [ $# -eq 2 ] || fail "bash launch/tpu_vm.sh send LOCAL REMOTE, as in: send pairs /mnt/pit/pairs" ;;
   fetch) [ $# -eq 2 ] || fail "bash launch/tpu_vm.sh fetch REMOTE LOCAL, as in: fetch /mnt/pit/runs/NAME/report ." ;;
   on) [ $# -gt 0 ] || fail "bash launch/tpu_vm.sh on WORKER [COMMAND ...], as in: on all df -h /mnt/pit" ;;
@@ -63,12 +67,13 @@ done
 [[ "$TYPE" =~ ^v[0-9a-z]+-[0-9]+$ ]] || fail "TYPE=$TYPE: as in v4-64."
 for argument in "$@"; do
   case "$COMMAND $argument" in
-    'run --workdir=gs://'* | 'keep --workdir=gs://'*)
-      fail "$argument is no folder. Set SHARE, and take a workdir below /mnt/pit." ;;
+    'run --workdir=gs://'*/* | 'keep --workdir=gs://'*/*) ;;
+    'run --workdir='*://* | 'keep --workdir='*://*) fail "$argument: of buckets take gs://BUCKET/runs/NAME." ;;
     'run --workdir=/'* | 'keep --workdir=/'*) ;;
     'run --workdir='* | 'keep --workdir='*)
       [ "${TYPE##*-}" -le 8 ] ||
-        fail "$argument is another folder on each worker of $TYPE. Set SHARE, and take a workdir below /mnt/pit." ;;
+        fail "$argument is another folder on each worker of $TYPE. Set SHARE, and take a workdir below /mnt/pit," \
+          "or one in a bucket: --workdir=gs://BUCKET/runs/NAME" ;;
   esac
 done
 

@@ -63,8 +63,10 @@ case "$COMMAND" in
   start)
     stop
     rm -f exit_status
+    extra=hf
+    [[ "$(quoted "$@")" != *" --workdir=gs://"* ]] || extra=hf,gcs # local.sh installs what is not there yet
     # A session of its own outlives the connection.
-    EXTRA=hf STATUS_FILE="$ROOT/exit_status" setsid bash launch/local.sh "$@" >>train.log 2>&1 </dev/null &
+    EXTRA="$extra" STATUS_FILE="$ROOT/exit_status" setsid bash launch/local.sh "$@" >>train.log 2>&1 </dev/null &
     echo "$!" >train.pid
     echo "pit_jax: started"
     ;;

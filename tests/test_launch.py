@@ -25,6 +25,7 @@ CREATE = [
 ]
 DELETE = [*QUEUED, "delete", "pit", "--zone=us-central2-b", "--force", "--quiet"]
 TRAIN = ["--config=configs/pit_llama2.py:7b", "--workdir=/mnt/pit/runs/7b"]
+BUCKET = ["--config=configs/pit_llama2.py:7b", "--workdir=gs://b/runs/7b"]
 AWKWARD = [
     "--config=configs/pit_llama2.py:7b",
     "--workdir=/mnt/pit/my run",
@@ -172,6 +173,7 @@ needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="w
             [[*VM, "scp", "--recurse", "a b", "pit:/mnt/pit/a b", "--zone=us-central2-b", "--worker=0"]],
         ),
         (["run", *TRAIN], {}, [START]),
+        (["run", *BUCKET], {}, [ssh(f"bash pit_jax/launch/worker.sh start {' '.join(BUCKET)}")]),
         (
             ["run", *TRAIN],
             {"PROJECT": "p"},
@@ -197,6 +199,10 @@ def test_tpu_vm_prints_an_installation_and_the_first_round_of_keep():
     )
     assert printed(launch("tpu_vm.sh", "--dry-run", "keep", *TRAIN, **SLICE)) == [
         *(STATE, CREATE, STATE, *install(), START, STATUS)
+    ]
+    start = ssh(f"bash pit_jax/launch/worker.sh start {' '.join(BUCKET)}")
+    assert printed(launch("tpu_vm.sh", "--dry-run", "keep", *BUCKET, **SLICE)) == [
+        *(STATE, CREATE, STATE, *install(), start, STATUS)
     ]
 
 
@@ -225,7 +231,10 @@ def test_arguments_come_through_the_shell_of_a_worker_as_they_were_typed(tmp_pat
         (["on"], {}, "on WORKER [COMMAND ...]"),
         (["run"], {}, "--config= is missing"),
         (["keep", "--config=a"], {}, "--workdir= is missing"),
-        (["run", "--config=a", "--workdir=gs://b/c"], {}, "--workdir=gs://b/c is no folder. Set SHARE"),
+        (["run", "--config=a", "--workdir=s3://b/c"], {}, "--workdir=s3://b/c: of buckets take gs://BUCKET/runs/NAME"),
+        (["keep", "--config=a", "--workdir=gs://b"], {}, "--workdir=gs://b: of buckets take gs://BUCKET/runs/NAME"),
+        (["fetch", "gs://b/runs/7b/report", "."], {}, "gcloud storage cp --recursive FROM TO"),
+        (["send", "pairs", "gs://b/pairs"], {}, "gcloud storage cp --recursive FROM TO"),
         (["keep", "--config=a", "--workdir=runs/a"], {}, "another folder on each worker of v4-64"),
     ],
 )
@@ -429,6 +438,15 @@ def test_a_worker_trains_in_the_background(fakes, checkout):
 
 
 @needs_linux
+def test_a_worker_installs_what_a_bucket_needs(fakes, checkout):
+    for count, arguments in enumerate((BUCKET, BUCKET, TRAIN), 1):
+        assert launch("worker.sh", "start", *arguments, fakes=fakes, root=checkout).returncode == 0
+        until(lambda count=count: len(trained(fakes)) == count)
+    installed = [call[-1] for call in fakes.calls() if call[1:3] == ["-m", "pip"]]
+    assert [name.rpartition("hf")[2] for name in installed] == [",gcs]", "]"], "the bucket's once"
+
+
+@needs_linux
 def test_a_worker_says_which_one_it_is(fakes, checkout):
     fakes.add("hostname", "echo t1v-n-0a1b2c3d-w-3")
     (checkout / "train.log").write_text("one\ntwo\n")
@@ -625,10 +643,11 @@ def test_slurm_refuses(fakes, arguments, more):
 
 CLUSTER = {"CLUSTER": "c", "TYPE": "v4-64", "NAME": "pit-7b"}
 WORKLOAD = [
-    *("xpk", "workload", "create", "--cluster=c", "--workload=pit-7b", "--tpu-type=v4-64", "--storage=pit"),
+    *("xpk", "workload", "create", "--cluster=c", "--workload=pit-7b", "--tpu-type=v4-64"),
     *("--env=PIT_JAX_DISTRIBUTED=1", "--max-restarts=50", "--restart-on-exit-codes=75"),
     "--termination-grace-period-seconds=300",
 ]
+STORAGE = "--storage=pit"
 
 
 @pytest.mark.parametrize(
@@ -707,7 +726,7 @@ def test_a_gke_run_is_the_commit_in_an_image_and_python_gets_its_signals(tmp_pat
     (real,) = fakes.calls()
     folder = next(argument for argument in real if argument.startswith("--script-dir=")).removeprefix("--script-dir=")
     assert [argument.replace(str(Path(folder).parent), "/tmp/pit_jax.XXXXXX") for argument in real] == dry[-1]
-    assert real[:-1] == [*WORKLOAD, "--base-docker-image=python:3.11", f"--script-dir={folder}"]
+    assert real[:-1] == [*WORKLOAD, STORAGE, "--base-docker-image=python:3.11", f"--script-dir={folder}"]
     sent = lines(fakes.folder / "sent")
     assert f"{folder}/launch/requirements.lock" in sent
     assert not [path for path in sent if path.endswith(".env")]
@@ -728,7 +747,19 @@ def test_a_gke_run_is_the_commit_in_an_image_and_python_gets_its_signals(tmp_pat
 def test_a_gke_run_with_an_image_of_ones_own():
     found = printed(launch("gke_job.sh", "--dry-run", "run", *TRAIN, **CLUSTER, IMAGE="gcr.io/p/pit:1"))
     command = f"--command=exec python -m pit_jax.train {' '.join(TRAIN)}"
-    assert found == [[*WORKLOAD, "--docker-image=gcr.io/p/pit:1", command]]
+    assert found == [[*WORKLOAD, STORAGE, "--docker-image=gcr.io/p/pit:1", command]]
+
+
+@needs_git
+def test_a_gke_run_with_its_workdir_in_a_bucket():
+    """Its pairs may lie on the share; where nothing does, none is mounted."""
+    pairs = "--config.data.path=/mnt/pit/pairs"
+    for more, storage in (([], []), ([pairs], [STORAGE])):
+        *_, found = printed(launch("gke_job.sh", "--dry-run", "run", *BUCKET, *more, **CLUSTER))
+        train = f"exec python -m pit_jax.train {' '.join([*BUCKET, *more])}"
+        assert found[: len(WORKLOAD) + len(storage) + 1] == [*WORKLOAD, *storage, "--base-docker-image=python:3.11"]
+        pip = "python -m pip install --quiet --constraint launch/requirements.lock '.[report,tpu,hf,gcs]'"
+        assert found[-1] == f"--command={pip} && {train}"
 
 
 @pytest.mark.parametrize(
@@ -740,6 +771,7 @@ def test_a_gke_run_with_an_image_of_ones_own():
         (["delete", "all"], {}, "takes no arguments"),
         (["run", "--config=a"], {}, "--workdir= is missing"),
         (["run", "--config=a", "--workdir=runs/a"], {}, "--workdir=runs/a is lost"),
+        (["run", "--config=a", "--workdir=s3://b/a"], {}, "--workdir=s3://b/a is lost"),
     ],
 )
 def test_gke_refuses_before_it_calls_anything(fakes, arguments, more, message):
