@@ -129,6 +129,20 @@ def _broadcast(message: bytes) -> bytes:
     return np.asarray(multihost_utils.broadcast_one_to_all(padded), np.uint8).tobytes()
 
 
+def in_shares(count: int, measure: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """What `measure` says of each of `count` rows, of which every process asks it about a share.
+
+    Args:
+      count: of all rows, at least 1.
+      measure: numbers [n] of rows -> [n, ...] int32.
+    """
+    if not are_several():
+        return measure(np.arange(count))
+    share = -(-count // jax.process_count())  # the last row is asked about again where the shares are not even
+    found = measure(np.minimum(jax.process_index() * share + np.arange(share), count - 1))
+    return multihost_utils.process_allgather(found).reshape(-1, *found.shape[1:])[:count]
+
+
 def small_files_of(root: Path) -> Path:
     """The folder in which this process keeps the small files of a workdir: `root` itself, or a copy of them.
 

@@ -5,6 +5,8 @@ batch or an FSDP axis that would be lost is an error while tracing, on a 1 x 1 m
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -85,6 +87,51 @@ def shard_batch(batch, rules: AxisRules = RULES):
         return jax.make_array_from_callback(x.shape, jax.NamedSharding(jax.sharding.get_mesh(), spec), x.__getitem__)
 
     return jax.tree.map(put, batch)
+
+
+def own_rows(num_rows: int, rules: AxisRules = RULES) -> np.ndarray:
+    """Numbers, ascending, of those rows of a batch that lie on devices of this process."""
+    if jax.process_count() == 1:
+        return np.arange(num_rows)
+    layout = jax.NamedSharding(jax.sharding.get_mesh(), rules.spec("batch"))
+    parts = layout.addressable_devices_indices_map((num_rows,)).values()
+    return np.unique(np.concatenate([np.arange(num_rows)[rows] for (rows,) in parts]))
+
+
+def make_batch(num_rows: int, make: Callable[[np.ndarray], Any], rules: AxisRules = RULES):
+    """A batch on the mesh, its first axis along `batch`, of which each process makes the rows that its devices hold.
+
+    Args:
+      num_rows: B.
+      make: numbers [n] of rows of the batch, ascending -> host arrays [n, ...] with these rows.
+      rules: the layout.
+    """
+    own = own_rows(num_rows, rules)
+    if jax.process_count() == 1:
+        return shard_batch(make(own), rules)
+    mesh = jax.sharding.get_mesh()
+
+    def put(x):
+        layout = jax.NamedSharding(mesh, rules.spec("batch", *[None] * (x.ndim - 1)))
+        part = lambda index: x[np.searchsorted(own, np.arange(num_rows)[index[0]])]  # noqa: E731
+        return jax.make_array_from_callback((num_rows, *x.shape[1:]), layout, part)
+
+    return jax.tree.map(put, make(own))
+
+
+def own_part(tree, rules: AxisRules = RULES):
+    """NumPy arrays of the rows that `own_rows` numbers, of arrays with their first axis along `batch`."""
+
+    def one(x):
+        own = own_rows(len(x), rules)
+        if not isinstance(x, jax.Array) or x.is_fully_addressable:
+            return np.asarray(x)[own]
+        found = np.zeros((len(own), *x.shape[1:]), x.dtype)
+        for shard in x.addressable_shards:
+            found[np.searchsorted(own, np.arange(len(x))[shard.index[0]])] = shard.data
+        return found
+
+    return jax.tree.map(one, tree)
 
 
 def to_host(tree):

@@ -27,7 +27,6 @@ from pit_jax.learners import dpo, loop, ppo, reward_model, sft
 from pit_jax.models import lora
 from pit_jax.models.transformer import ScalarModel, Transformer
 from pit_jax.pipelines.common import init_params
-from pit_jax.types import TokenBatch
 
 SIZES = ModelConfig(vocab_size=32, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=16)
 POLICY, DECODER, SCORER = Transformer(SIZES), Transformer(SIZES, sharding.DECODE_RULES), ScalarModel(SIZES)
@@ -40,23 +39,36 @@ def rows(count: int, low: int, high: int, seed: int) -> list[list[int]]:
 
 
 def main(folder: Path, dies: bool) -> None:
-    """Runs everything."""
+    """Runs everything; the rows that this process has encoded are numbered in FOLDER/encoded_PROCESS.json."""
     mesh = sharding.make_mesh(2, 2)
     found = {"processes": jax.process_count()}
     adam = optax.adam(1e-2)
 
-    def take(name, step, state, batch, times=2):
-        for i in range(times):
-            state, values = step(state, batch)
+    encoded = {}
+
+    def counted(name, rows):
+        """`rows`, of which it is written down which ones were asked for."""
+        encoded[name] = []
+        return batches.Rows(range(len(rows)), lambda i: encoded[name].append(i) or rows[i])
+
+    def take(name, step, state, batch_at):
+        for i in range(2):
+            state, values = step(state, batch_at(f"{name}_{i}")(i))
             found[f"{name}_{i}"] = metrics.reduce(values)
         return state
 
     with jax.set_mesh(mesh):
         policy, reward = (init_params(m, jax.random.key(0)) for m in (POLICY, SCORER))
         turns = list(zip(rows(60, 1, 4, 0), rows(60, 1, 6, 1), strict=True))
-        tokens = sharding.shard_batch(sft.SFTBatch(TokenBatch(*(x[:8] for x in batches.packed_rows(turns, 16)))))
+        held = batches.pack(batches.row_sizes(counted("measured", turns))[:, 0].tolist(), 16)
+
+        def of_turns(name):
+            asked = counted(name, turns)
+            make = lambda numbers: sft.SFTBatch(batches.lay_out([[asked[i] for i in held[n]] for n in numbers], 16))  # noqa: E731
+            return batches.make_batch_at(make, len(held), 8, seed=1)
+
         create = lambda params: train_state.create(params, adam)  # noqa: E731
-        state = take("sft", sft.make_train_step(POLICY, adam, num_targets=12, chunk_size=4), create(policy), tokens)
+        state = take("sft", sft.make_train_step(POLICY, adam, num_targets=12, chunk_size=4), create(policy), of_turns)
         # A checkpoint of arrays of which no process holds all.
         checkpoint.save(folder / "checkpoints", 2, state)
         step, again = checkpoint.restore_latest(folder / "checkpoints", state)
@@ -64,19 +76,21 @@ def main(folder: Path, dies: bool) -> None:
         found["restored"] = [step, all(jax.tree.leaves(same))]
         if dies and jax.process_index() == jax.process_count() - 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        groups = batches.score_rows([[[1, 5, *row] for row in rows(4, 1, 9, seed)] for seed in range(8)])
+        groups = [tuple([1, 5, *row] for row in rows(4, 1, 9, seed)) for seed in range(16)]
+        of_groups = lambda name: batches.make_score_batch_at(counted(name, groups), 8, seed=1, num_steps=2)  # noqa: E731
         gap = reward_model.make_train_step(SCORER, adam, loss="gap")
         reward = init_params(SCORER, jax.random.key(0))
-        take("r_pit", gap, create(reward), sharding.shard_batch(groups))
+        take("r_pit", gap, create(reward), of_groups)
         adapted = lora.add(again.params, LoraConfig(rank=2), jax.random.key(1))
         found["frozen"] = lora.checksums(adapted)
-        pair_rows = pairs_of(8)
-        log_probs = dpo.reference_log_probs(POLICY, again.params, pair_rows, 4)
+        triples = pairs_of(16)
+        log_probs = dpo.reference_log_probs(POLICY, again.params, triples, 4)
         found["log_probs"] = log_probs
-        of_pairs = sharding.shard_batch(pair_rows._replace(ref_log_probs=log_probs))
+        of_pairs = lambda name: pairs.make_pair_batch_at(counted(name, triples), log_probs, 8, seed=1)  # noqa: E731
         take("dpo", dpo.make_train_step(POLICY, adam, beta=0.1), create(adapted), of_pairs)
         fresh = checkpoint.restore(folder / "checkpoints", 2, state).params  # training takes its memory
         rl(fresh, init_params(SCORER, jax.random.key(2)), found)
+    files.write_json_atomic(folder / f"encoded_{jax.process_index()}.json", encoded)
     found["of_first"] = processes.on_first(lambda: {"pid": np.int64(7)})["pid"]
     if processes.is_first():
         files.write_json_atomic(folder / "numbers.json", found)
@@ -101,10 +115,9 @@ def train(folder: Path) -> None:
         )  # fmt: skip
 
 
-def pairs_of(count: int) -> pairs.PairBatch:
-    """Pairs of answers to a prompt, as one sequence each."""
-    three = zip(rows(count, 2, 5, 4), rows(count, 1, 6, 5), rows(count, 1, 6, 6), strict=True)
-    return pairs.pair_rows([(x, y, z) for x, y, z in three])
+def pairs_of(count: int) -> list[pairs.Pair]:
+    """Pairs of answers to a prompt."""
+    return list(zip(rows(count, 2, 5, 4), rows(count, 1, 6, 5), rows(count, 1, 6, 6), strict=True))
 
 
 def rl(policy, reward, found: dict) -> None:

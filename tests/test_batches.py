@@ -1,4 +1,4 @@
-"""Batches: exact rows by hand, and `batch_at` as a pure function of (seed, step, host)."""
+"""Batches: exact rows by hand, and `batch_at` as a pure function of (seed, step)."""
 
 import jax
 import numpy as np
@@ -105,17 +105,38 @@ def test_every_row_comes_once_per_epoch_in_a_new_order(num_rows, batch_size):
     assert list(other) != list(stream)
 
 
-def test_hosts_are_disjoint_and_complete():
-    """Four hosts read, side by side, exactly the batch of one."""
-    for step in range(7):
-        whole = batches.row_numbers(21, 8, step, seed=3)
-        parts = [batches.row_numbers(21, 8, step, seed=3, host=h, num_hosts=4) for h in range(4)]
-        assert {len(part) for part in parts} == {2}
-        np.testing.assert_array_equal(np.concatenate(parts), whole)
-    with pytest.raises(ValueError, match="batch_size=8 must be a multiple of the number of processes, 3"):
-        batches.row_numbers(21, 8, 0, seed=3, num_hosts=3)
+def test_no_rows_are_an_error():
     with pytest.raises(ValueError, match="no rows"):
         batches.row_numbers(0, 8, 0, seed=3)
+
+
+def test_rows_are_encoded_once_and_when_they_are_asked_for():
+    asked = []
+    rows = batches.Rows("abcd", lambda x: asked.append(x) or ([ord(x)], [1, 2]))
+    assert len(rows) == 4 and asked == []
+    for i in (2, 0, 2):
+        first, second = rows[i]
+        assert (first.tolist(), second.tolist(), second.dtype) == ([ord("abcd"[i])], [1, 2], np.int32)
+    assert asked == ["c", "a"]
+    assert [row[0] for row in rows] == [97, 98, 99, 100] and asked == ["c", "a", "b", "d"]
+    assert list(batches.Rows("ab", lambda x: [ord(x)])) == [[97], [98]], "a row of one piece is a list"
+
+
+@pytest.mark.parametrize("loss_on_prompt", [False, True])
+def test_what_is_learnt_of_a_row_is_what_is_laid_out(loss_on_prompt):
+    rows = [([1, 5], [6, 2]), ([], [7, 8, 2]), ([], [], [9], [4]), ([1, 5], [6, 2], [7], [8, 2]), ([3],), ([], [])]
+    batch = batches.token_rows(rows, 8, loss_on_prompt=loss_on_prompt)
+    expected = batch.loss_mask.sum(1).tolist()
+    assert [batches.num_learnt(row, loss_on_prompt) for row in rows] == expected
+    assert expected == ([3, 2, 1, 6, 0, 0] if loss_on_prompt else [2, 2, 1, 4, 0, 0])
+
+
+def test_rows_are_measured_a_few_at_a_time(monkeypatch):
+    monkeypatch.setattr(batches, "MEASURED", 3)
+    sizes = []
+    found = batches.measured(range(8), lambda some: sizes.append(len(some)) or np.asarray([[i, -i] for i in some]))
+    assert sizes == [3, 3, 2]
+    np.testing.assert_array_equal(found, [[i, -i] for i in range(8)])
 
 
 @pytest.mark.usefixtures("one_device")
@@ -123,8 +144,9 @@ def test_batch_at_is_pure():
     """Whatever was read before, and in whatever order, a step gives the same rows; it does not write to the arrays."""
     arrays = PromptBatch(np.arange(40, dtype=np.int32).reshape(10, 4), 2 * np.arange(10, dtype=np.int32))
     before = jax.tree.map(np.copy, arrays)
-    forward = [batches.make_batch_at(arrays, 4, seed=7)(step) for step in range(6)]
-    batch_at = batches.make_batch_at(arrays, 4, seed=7)
+    make = lambda rows: jax.tree.map(lambda x: x[rows], arrays)  # noqa: E731
+    forward = [batches.make_batch_at(make, 10, 4, seed=7)(step) for step in range(6)]
+    batch_at = batches.make_batch_at(make, 10, 4, seed=7)
     for step in (5, 0, 3, 3, 1, 4, 2):
         for a, b in zip(batch_at(step), forward[step], strict=True):
             np.testing.assert_array_equal(a, b)
@@ -152,7 +174,7 @@ def test_score_batches_of_like_length():
     groups = [[[i + 1] * n, [i + 1] + [200] * (n // 2)] for i, n in enumerate(rng.integers(2, 60, 101))]
     data = batches.score_rows(groups)
     lengths = np.sum(data.members > 0, axis=1)
-    batch_at = batches.make_score_batch_at(data, 8, seed=3, num_steps=32)
+    batch_at = batches.make_score_batch_at(groups, 8, seed=3, num_steps=32)
     seen, padding = [], 0
     for step in range(2 * 12):  # 101 rows: 12 batches of 8, and 5 rows that this epoch leaves out
         batch = jax.tree.map(np.asarray, batch_at(step))
@@ -167,18 +189,12 @@ def test_score_batches_of_like_length():
     assert all(len(set(epoch)) == 96 for epoch in epochs)
     assert set(epochs[0]) != set(epochs[1]), "other rows are left out"
     assert padding / 24 < 10, "88 - 46 without buckets"
-    again = batches.make_score_batch_at(data, 8, seed=3, num_steps=32)
+    again = batches.make_score_batch_at(groups, 8, seed=3, num_steps=32)
     for step in (13, 2):
         np.testing.assert_array_equal(np.asarray(again(step).tokens)[:, 0] - 1, seen[step])
-    padded = batches.length_buckets(lengths)
-    for step in range(24):  # hosts are disjoint, complete, and of one length
-        whole, length = batches.like_length_numbers(padded, 8, step, 3)
-        parts = [batches.like_length_numbers(padded, 8, step, 3, host=h, num_hosts=4) for h in range(4)]
-        np.testing.assert_array_equal(np.concatenate([rows for rows, _ in parts]), whole)
-        assert {other for _, other in parts} == {length}
-    few = batches.make_score_batch_at(batches.score_rows(groups[:3]), 8, 3, 32)(0)
+    few = batches.make_score_batch_at(groups[:3], 8, 3, 32)(0)
     assert set(np.asarray(few.tokens)[:, 0]) == {1, 2, 3}
-    short = batches.make_score_batch_at(data, 8, 3, num_steps=4)  # too few steps for more than one compiled shape
+    short = batches.make_score_batch_at(groups, 8, 3, num_steps=4)  # too few steps for more than one compiled shape
     assert {short(step).tokens.shape[1] for step in range(4)} == {batches.round_up(int(lengths.max()))}
 
 

@@ -327,7 +327,7 @@ def test_dpo_starts_at_log_2():
     rng = np.random.default_rng(0)
     rows = [([1, *ids(rng, 0, 5)], *([*ids(rng, 1, 6), EOS] for _ in range(2))) for _ in range(8)]
     data = pairs.pair_rows(rows, 16)
-    data = data._replace(ref_log_probs=dpo.reference_log_probs(POLICY, parameters(POLICY), data, 8))
+    data = data._replace(ref_log_probs=dpo.reference_log_probs(POLICY, parameters(POLICY), rows, 8))
     optimizer = optax.adam(0.01)
     step = dpo.make_train_step(POLICY, optimizer, beta=0.5)
     state = train_state.create(adapted(POLICY, FEW), optimizer)

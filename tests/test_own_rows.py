@@ -73,7 +73,7 @@ def half(monkeypatch):
     def log_probs(model, params, data, *_, **__):
         return np.zeros((len(data), 2), np.float32)
 
-    monkeypatch.setattr(sharding, "own_rows", lambda count: np.arange(count // 2))
+    monkeypatch.setattr(sharding, "own_rows", lambda count, *_: np.arange(count // 2))
     monkeypatch.setattr(batches, "measured", forgotten)
     monkeypatch.setattr(common.loop, "run", run)
     monkeypatch.setattr(dpo, "reference_log_probs", log_probs)
@@ -157,7 +157,7 @@ def test_texts_are_read_in_the_own_rows_and_counted_over_all(monkeypatch, tmp_pa
         counts = make(np.arange(2))
         return make_batch(count, lambda own: np.concatenate([counts, [[1, 0, 0], [1, 0, 0]]]))
 
-    monkeypatch.setattr(sharding, "own_rows", lambda count: np.arange(2) if not asked else np.arange(count))
+    monkeypatch.setattr(sharding, "own_rows", lambda count, *_: np.arange(count if asked else 2))
     monkeypatch.setattr(sharding, "make_batch", lambda *args: asked.append(1) or with_others(*args))
     found = pit.text_metrics(context, rollout, pit.TextBatch(None, rows, references))
     assert found == {"copy_rate": (3, 4)}

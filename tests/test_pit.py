@@ -322,7 +322,7 @@ def test_references_of_the_data_are_both_answers(tmp_path, rows, encoder):
     asked = [rows[0], rows[0], rows[1]]
     got = references(asked, [False, True, True], jax.random.key(0), 0)
     texts = (rows[0].rejected, rows[0].chosen, rows[1].chosen)
-    assert got == [encoder.tokenizer.encode(text) for text in texts]
+    assert list(got) == [encoder.tokenizer.encode(text) for text in texts]
 
 
 @pytest.fixture
@@ -331,7 +331,7 @@ def drawn(monkeypatch):
     calls = []
 
     def sample(model, params, prompts, key, **rest):
-        calls.append((model.config.d_model, mark(params), prompts, tuple(jax.random.key_data(key)), rest))
+        calls.append((model.config.d_model, mark(params), list(prompts), tuple(jax.random.key_data(key)), rest))
         return [[100 * len(calls) + i] for i in range(len(prompts))]
 
     monkeypatch.setattr(common, "sample", sample)

@@ -81,6 +81,27 @@ def test_the_numbers_of_one_process(numbers, count):
     assert one["sft_1"]["loss"] < one["sft_0"]["loss"] and one["r_pit_1"]["loss"] < one["r_pit_0"]["loss"]
 
 
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_process_encodes_the_rows_of_its_own_devices(numbers, count):
+    """On a mesh of 2 x 2 devices two processes have half of the rows each; of four, two have the same half."""
+    read = lambda of, i: json.loads((numbers(of)[1] / f"encoded_{i}.json").read_text())  # noqa: E731
+    whole, parts = read(1, 0), [read(count, i) for i in range(count)]
+    shares = [part["measured"] for part in parts]
+    assert [x for share in shares for x in share] == whole["measured"] == list(range(60))
+    assert {len(share) for share in shares} == {60 // count}
+    for name in ("sft_0", "sft_1"):  # the rows of 8 sequences
+        first, second = (part[name] for part in parts[:: count // 2])
+        assert [part[name] for part in parts] == [first] * (count // 2) + [second] * (count // 2)
+        assert first + second == whole[name] and min(len(first), len(second)) >= 4
+    for name in ("r_pit_0", "r_pit_1", "dpo_0", "dpo_1"):
+        # Half of the 16 are measured; what is learnt of the others is encoded too.
+        assert sorted(whole[name]) == list(range(16))
+        for i, part in enumerate(parts):
+            share = 16 // count
+            assert part[name][:share] == list(range(i * share, (i + 1) * share))
+            assert len(part[name]) <= share + 4
+
+
 def test_a_checkpoint_of_two_processes_is_read_by_one(numbers):
     folder = numbers(2)[1] / "checkpoints"
     manifest = json.loads((folder / "2" / "manifest.json").read_text())

@@ -14,7 +14,6 @@ from commands import SRT_CONFIG as CONFIG, run, start, train
 
 from pit_jax import checkpoint, config as config_lib
 from pit_jax.config import FeedbackConfig, LoraConfig
-from pit_jax.data import pairs
 from pit_jax.data.feedback import Feedback
 from pit_jax.files import read_json
 from pit_jax.learners import dpo
@@ -76,7 +75,7 @@ def test_dpo_prefers_the_refinements_that_were_kept(copy):
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6) and losses[-1] < 0.6
     form, e, model = srt.make_form(context), context.encoder, common.model_of(context, "srt")
     ids = lambda text: [*e.tokenizer.encode(text), *form.feedback_begins]  # noqa: E731
-    data = pairs.pair_rows([(form.prompt(r.instruction), ids(r.refinement), ids(r.response)) for r in records[:8]])
+    data = [(form.prompt(r.instruction), ids(r.refinement), ids(r.response)) for r in records[:8]]
     before, after = (
         dpo.reference_log_probs(model, common.load_model(context, stage), data, 4) for stage in ("srt", "dpo_1")
     )

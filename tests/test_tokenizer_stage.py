@@ -8,7 +8,7 @@ from test_chat import CHATML, sentencepiece_folder
 from test_tokenizer_kinds import byte_level, sentencepiece_model
 
 from pit_jax import config as c
-from pit_jax.data import tokenizer as tokenizer_lib
+from pit_jax.data import encode, tokenizer as tokenizer_lib
 from pit_jax.pipelines import common, stages
 from pit_jax.pipelines.common import Context
 
@@ -20,8 +20,9 @@ def rows_file(path):
     return str(path)
 
 
-def run(tmp_path, tokenizer, **fields):
-    data = c.DataConfig(source="file", path=rows_file(tmp_path / "rows.jsonl"), num_selection=4, num_test=4)
+def run(tmp_path, tokenizer, data=None, **fields):
+    file = {"source": "file", "path": rows_file(tmp_path / "rows.jsonl"), "num_selection": 4, "num_test": 4}
+    data = dataclasses.replace(data or c.DataConfig(), **file)
     config = dataclasses.replace(c.PitConfig(), data=data, tokenizer=tokenizer, **fields)
     context = Context(config, stages.Workdir(tmp_path / "run", config), None)
     record = common.data_stage(context)
@@ -47,6 +48,24 @@ def test_the_trained_tokenizer_is_one_file(tmp_path):
     path.write_text(json.dumps(old | {"seed": 5}))
     with pytest.raises(ValueError, match=r"config\.seed: 5 -> 0"):
         stages.Workdir(context.workdir.root, context.config)
+
+
+def test_a_later_start_encodes_no_text_to_know_how_long_it_is(tmp_path, monkeypatch):
+    data = c.DataConfig(prompt_window=12, reflection_window=4)  # "jumps 3\nmore" has 12 bytes
+    context, record = run(tmp_path, c.TokenizerConfig(path="bytes"), data=data)
+    assert sum(record["rows"].values()) + sum(x["prompt"] for x in record["over_length"].values()) == 44
+    again = common.open_workdir(context.workdir.root)
+    measure, asked = encode.token_lengths, []
+    monkeypatch.setattr(encode, "token_lengths", lambda rows, _: asked.append(len(rows)) or measure(rows, _))
+    common.load_data(again)
+    assert again.rows == context.rows and not asked
+    path = context.workdir.root / "data" / "sft.jsonl"
+    path.write_text(path.read_text().partition("\n")[2])  # another number of rows: the lengths are not theirs
+    common.load_data(again)
+    assert len(asked) == 1 and set(again.rows["sft"]) <= set(context.rows["sft"])
+    (context.workdir.root / "data" / common.LENGTHS).unlink()  # a workdir of an earlier version
+    common.load_data(again)
+    assert len(asked) == 1 + len(common.SPLITS) and again.rows["rl"] == context.rows["rl"]
 
 
 @pytest.mark.parametrize("kind", ["bytes", "hugging face", "sentencepiece", "one file"])

@@ -1,20 +1,60 @@
-"""From rows of ids to batches: `batch_at(step)` is a pure function of (seed, step, host).
+"""From rows of ids to batches: `batch_at(step)` is a pure function of (seed, step).
 
-The data state of a run is its step number: nothing has to be saved to resume, and two hosts read disjoint halves of the
-same batch.
+The data state of a run is its step number: nothing has to be saved to resume. Which rows a batch has is the same in all
+processes; each encodes and lays out those that its own devices hold (`Rows`, `sharding.make_batch`).
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
-import jax
 import numpy as np
 
-from pit_jax import sharding
+from pit_jax import processes, sharding
 from pit_jax.types import PromptBatch, ScoreBatch, TokenBatch
 
 Ids = Sequence[int]
 Turns = Sequence[Ids]
 """Read, learnt, read, learnt, ...: (prompt ids, response ids) and longer dialogues."""
+
+
+class Rows(Sequence):
+    """Rows of ids, encoded when they are first asked for.
+
+    A process asks for those that it lays out and its share of those that are measured, and encodes no others.
+    """
+
+    def __init__(self, examples: Sequence, encode: Callable[[Any], Ids | tuple[Ids, ...]]):
+        """Args: examples: what is encoded. encode: example -> ids, or a tuple of them: turns, a group, a pair."""
+        self._examples, self._encode, self._found = examples, encode, {}
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, i: int) -> Ids | tuple[np.ndarray, ...]:
+        if i not in self._found:
+            row = self._encode(self._examples[i])
+            # What stays for a whole stage does so as arrays: lists of it take ten times the memory.
+            self._found[i] = tuple(np.asarray(ids, np.int32) for ids in row) if isinstance(row, tuple) else row
+        return self._found[i]
+
+
+MEASURED = 256
+"""Rows that are laid out at a time to be measured."""
+
+
+def measured(rows: Sequence, measure: Callable[[list], np.ndarray]) -> np.ndarray:
+    """What `measure` says of each row, in shares.
+
+    Args:
+      rows: of ids.
+      measure: n rows, at most MEASURED -> [n, ...] int32.
+    """
+
+    def share(numbers: np.ndarray) -> np.ndarray:
+        starts = range(0, len(numbers), MEASURED)
+        return np.concatenate([measure([rows[i] for i in numbers[start : start + MEASURED]]) for start in starts])
+
+    return processes.in_shares(len(rows), share)
 
 
 def token_rows(rows: Sequence[Turns], length: int, *, loss_on_prompt: bool = False) -> TokenBatch:
@@ -40,14 +80,28 @@ def packed_rows(
     rows_per_sequence: int | None = None,
     open_sequences: int = 64,
 ) -> TokenBatch:
-    """As `token_rows`, with several rows per sequence: first fit over the last `open_sequences` sequences.
+    """As `token_rows`, with several rows per sequence: see `pack`.
 
     Rows of one sequence have segments 1, 2, ... and positions from 0, and do not see each other.
     """
-    sequences: list[list[int]] = []  # row numbers
+    held = pack([num_tokens(turns) for turns in rows], length, rows_per_sequence, open_sequences)
+    return lay_out([[rows[i] for i in numbers] for numbers in held], length, loss_on_prompt=loss_on_prompt)
+
+
+def pack(
+    sizes: Sequence[int], length: int, rows_per_sequence: int | None = None, open_sequences: int = 64
+) -> list[list[int]]:
+    """Row numbers of each sequence: first fit over the last `open_sequences` sequences.
+
+    Args:
+      sizes: tokens of each row.
+      length: T.
+      rows_per_sequence: at most.
+      open_sequences: to which a row may still go.
+    """
+    sequences: list[list[int]] = []
     room: list[int] = []
-    for i, turns in enumerate(rows):
-        size = num_tokens(turns)
+    for i, size in enumerate(sizes):
         if size > length:
             raise ValueError(f"row {i} has {size} tokens, more than the sequence length {length}")
         for j in range(max(0, len(sequences) - open_sequences), len(sequences)):
@@ -59,14 +113,18 @@ def packed_rows(
             room.append(length)
         sequences[j].append(i)
         room[j] -= size
+    return sequences
 
+
+def lay_out(sequences: Sequence[Sequence[Turns]], length: int, *, loss_on_prompt: bool = False) -> TokenBatch:
+    """Sequences of one or more rows, right-padded to `length`; see `token_rows` and `packed_rows`."""
     shape = (len(sequences), length)
     batch = TokenBatch(*(np.zeros(shape, np.int32) for _ in range(3)), np.zeros(shape, np.bool_))
-    for j, held in enumerate(sequences):
+    for j, rows in enumerate(sequences):
         end = 0
-        for segment, i in enumerate(held, 1):
+        for segment, turns in enumerate(rows, 1):
             start = end
-            for turn, ids in enumerate(rows[i]):
+            for turn, ids in enumerate(turns):
                 at, end = end, end + len(ids)
                 batch.tokens[j, at:end] = ids
                 batch.loss_mask[j, at:end] = loss_on_prompt or turn % 2 == 1
@@ -81,12 +139,25 @@ def num_tokens(turns: Turns) -> int:
     return sum(map(len, turns))
 
 
-def score_rows(groups: Sequence[Sequence[Ids]], multiple: int = 8) -> ScoreBatch:
+def num_learnt(turns: Turns, loss_on_prompt: bool = False) -> int:
+    """Tokens of a row that `lay_out` marks to be learnt."""
+    sizes = [(len(ids), loss_on_prompt or turn % 2 == 1) for turn, ids in enumerate(turns) if len(ids)]
+    return sum(size for size, is_learnt in sizes if is_learnt) - (bool(sizes) and sizes[0][1])
+
+
+def row_sizes(rows: Sequence[Turns], loss_on_prompt: bool = False) -> np.ndarray:
+    """(`num_tokens`, `num_learnt`) of each row, [N, 2] int32, `measured` in shares."""
+    sizes = lambda some: [(num_tokens(turns), num_learnt(turns, loss_on_prompt)) for turns in some]  # noqa: E731
+    return measured(rows, lambda some: np.asarray(sizes(some), np.int32))
+
+
+def score_rows(groups: Sequence[Sequence[Ids]], multiple: int = 8, length: int = 0) -> ScoreBatch:
     """Groups of C rows for a reward model; what rows of a group begin alike with is laid out once.
 
     Args:
       groups: [groups][C] rows of ids; none is empty.
-      multiple: sequences are padded to the next multiple of it behind the longest.
+      multiple: sequences are padded to the next multiple of it behind the longest,
+      length: or to this.
 
     Returns:
       ScoreBatch of numpy arrays, one sequence per group.
@@ -118,7 +189,7 @@ def score_rows(groups: Sequence[Sequence[Ids]], multiple: int = 8) -> ScoreBatch
         slots[:, c] = np.where(depth < shared[:, None], slots[:, c], new)
         taken += lengths[:, c] - shared
 
-    shape = (num_groups, round_up(int(taken.max()), multiple))
+    shape = (num_groups, length or round_up(int(taken.max()), multiple))
     batch = ScoreBatch(*(np.zeros(shape, np.int32) for _ in range(3)), np.zeros((num_groups, C), np.int32))
     for c in range(C):
         i, t = np.nonzero(depth < lengths[:, c, None])
@@ -139,35 +210,25 @@ def prompt_rows(prompts: Sequence[Ids], length: int) -> PromptBatch:
     return PromptBatch(tokens, np.asarray([len(ids) for ids in prompts], np.int32))
 
 
-def _local_batch_size(batch_size: int, num_hosts: int) -> int:
-    if batch_size % num_hosts:
-        raise ValueError(f"batch_size={batch_size} must be a multiple of the number of processes, {num_hosts}")
-    return batch_size // num_hosts
+def row_numbers(num_rows: int, batch_size: int, step: int, seed: int) -> np.ndarray:
+    """Which rows are the batch of `step`: a fresh permutation every epoch, batches that run across epoch ends.
 
-
-def row_numbers(
-    num_rows: int, batch_size: int, step: int, seed: int, *, host: int = 0, num_hosts: int = 1
-) -> np.ndarray:
-    """Which rows this host reads at `step`: a fresh permutation every epoch, batches that run across epoch ends.
-
-    Hosts are disjoint and together complete; every row comes once per epoch.
+    Every row comes once per epoch.
     """
     if num_rows < 1:
         raise ValueError("there are no rows to make a batch of")
-    local = _local_batch_size(batch_size, num_hosts)
-    index = step * batch_size + host * local + np.arange(local)
+    index = step * batch_size + np.arange(batch_size)
     epochs, offsets = index // num_rows, index % num_rows
     permutations = {e: np.random.default_rng([seed, int(e)]).permutation(num_rows) for e in np.unique(epochs)}
     return np.asarray([permutations[e][o] for e, o in zip(epochs, offsets, strict=True)])
 
 
-def make_batch_at(arrays, batch_size: int, seed: int) -> Callable[[int], object]:
-    """`batch_at(step)` over arrays with a leading row axis: this host's rows, put on the mesh."""
-    num_rows = len(jax.tree.leaves(arrays)[0])
+def make_batch_at(make: Callable[[np.ndarray], Any], num_rows: int, batch_size: int, seed: int) -> Callable[[int], Any]:
+    """`batch_at(step)`, put on the mesh, of what `make` gives for row numbers [n]: host arrays [n, ...]."""
 
     def batch_at(step: int):
-        rows = row_numbers(num_rows, batch_size, step, seed, host=jax.process_index(), num_hosts=jax.process_count())
-        return sharding.shard_batch(jax.tree.map(lambda x: x[rows], arrays))
+        rows = row_numbers(num_rows, batch_size, step, seed)
+        return sharding.make_batch(batch_size, lambda own: make(rows[own]))
 
     return batch_at
 
@@ -191,40 +252,36 @@ def length_buckets(lengths: np.ndarray, multiple: int = 8, smallest: float = 0.1
     return np.asarray(bounds, np.int32)[np.searchsorted(bounds, padded)]
 
 
-def like_length_numbers(
-    padded: np.ndarray, batch_size: int, step: int, seed: int, *, host: int = 0, num_hosts: int = 1
-) -> tuple[np.ndarray, int]:
-    """Which rows this host reads at `step`, and the padded length of the whole batch.
+def like_length_numbers(padded: np.ndarray, batch_size: int, step: int, seed: int) -> tuple[np.ndarray, int]:
+    """Which rows are the batch of `step`, and its padded length.
 
     An epoch is a fresh permutation: what is left of it over whole batches is not read in this epoch, the rest is sorted
     by padded length [N] and cut into batches, and the batches are shuffled. Fewer rows than a batch are repeated.
     """
-    local = _local_batch_size(batch_size, num_hosts)
     num_batches = max(len(padded) // batch_size, 1)
     rng = np.random.default_rng([seed, step // num_batches])
     rows = np.resize(rng.permutation(len(padded)), num_batches * batch_size)
     rows = rows[np.argsort(padded[rows], kind="stable")].reshape(num_batches, batch_size)
     rows = rows[rng.permutation(num_batches)[step % num_batches]]
-    return rows[host * local : (host + 1) * local], int(padded[rows].max())
+    return rows, int(padded[rows].max())
 
 
 def make_score_batch_at(
-    data: ScoreBatch, batch_size: int, seed: int, num_steps: int, steps_per_shape: int = 4
+    groups: Sequence[Sequence[Ids]], batch_size: int, seed: int, num_steps: int, steps_per_shape: int = 4
 ) -> Callable[[int], ScoreBatch]:
-    """`batch_at(step)` whose batches hold groups of like length and are cut to it, so that little is padding.
+    """`batch_at(step)` whose batches hold groups of like length and are as long as it, so that little is padding.
 
     Each length is another compiled shape, so there is one for every `steps_per_shape` of the `num_steps` at most, and
     eight at most.
     """
     smallest = max(0.125, min(1.0, steps_per_shape / num_steps))
-    padded = length_buckets(np.sum(data.members > 0, axis=1), smallest=smallest)
+    slots = measured(groups, lambda some: np.sum(score_rows(some).members > 0, axis=1, dtype=np.int32))
+    padded = length_buckets(slots, smallest=smallest)
 
     def batch_at(step: int) -> ScoreBatch:
-        rows, length = like_length_numbers(
-            padded, batch_size, step, seed, host=jax.process_index(), num_hosts=jax.process_count()
-        )
-        tokens, positions, members = (x[rows, :length] for x in data[:3])
-        return sharding.shard_batch(ScoreBatch(tokens, positions, members, data.last[rows]))
+        rows, length = like_length_numbers(padded, batch_size, step, seed)
+        make = lambda own: score_rows([groups[i] for i in rows[own]], length=length)  # noqa: E731
+        return sharding.make_batch(batch_size, make)
 
     return batch_at
 

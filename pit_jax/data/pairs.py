@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from pit_jax import sharding
@@ -37,12 +36,17 @@ class PairBatch(NamedTuple):
     ref_log_probs: Array
 
 
-def pair_rows(pairs: Sequence[tuple[Ids, Ids, Ids]], multiple: int = 8) -> PairBatch:
+Pair = tuple[Ids, Ids, Ids]
+"""(prompt, chosen, rejected); the answers end with EOS, or whatever ends an answer."""
+
+
+def pair_rows(pairs: Sequence[Pair], multiple: int = 8, length: int = 0, num_targets: int = 0) -> PairBatch:
     """Pairs laid out for DPO; `ref_log_probs` is NaN until it is filled in.
 
     Args:
-      pairs: (prompt ids, chosen ids, rejected ids); the answers end with EOS, or whatever ends an answer.
-      multiple: T and R are padded to the next multiple of it behind the longest.
+      pairs: ids.
+      multiple: T and R are padded to the next multiple of it behind the longest,
+      length, num_targets: or to these.
 
     Returns:
       PairBatch of numpy arrays, one sequence per pair.
@@ -52,7 +56,7 @@ def pair_rows(pairs: Sequence[tuple[Ids, Ids, Ids]], multiple: int = 8) -> PairB
             raise ValueError(f"pair {i} has an empty prompt: the first token of its answers would follow nothing")
         if not all(map(len, answers)):
             raise ValueError(f"pair {i} has an answer without ids: an empty answer is what ends it, EOS, alone")
-    rows = batches.score_rows([([*x, *w], [*x, *l]) for x, w, l in pairs], multiple)
+    rows = batches.score_rows([[np.concatenate([x, y]) for y in answers] for x, *answers in pairs], multiple, length)
 
     before = np.zeros_like(rows.tokens)
     for c in range(2):
@@ -64,39 +68,45 @@ def pair_rows(pairs: Sequence[tuple[Ids, Ids, Ids]], multiple: int = 8) -> PairB
     starts = np.asarray([len(x) for x, _, _ in pairs])
     i, slot = np.nonzero((rows.members > 0) & (rows.positions >= starts[:, None]))
     at = i, slot - starts[i]  # the prompt has the first slots, so those of the answers lie in one piece
-    shape = len(pairs), batches.round_up(int(at[1].max()) + 1, multiple)
+    shape = len(pairs), num_targets or batches.round_up(int(at[1].max()) + 1, multiple)
     sources, targets, target_members = (np.zeros(shape, np.int32) for _ in range(3))
     sources[at], targets[at], target_members[at] = before[i, slot], rows.tokens[i, slot], rows.members[i, slot]
     ref_log_probs = np.full((len(pairs), 2), np.nan, np.float32)
     return PairBatch(rows.tokens, rows.positions, rows.members, sources, targets, target_members, ref_log_probs)
 
 
-def pair_buckets(data: PairBatch) -> tuple[np.ndarray, dict[int, int]]:
+def pair_buckets(pairs: Sequence[Pair]) -> tuple[np.ndarray, dict[int, int]]:
     """Few compiled shapes: (padded length of each pair [N] int32, padded length -> R of a batch of that length)."""
-    padded = batches.length_buckets(np.sum(data.members > 0, axis=1))
-    answers = np.sum(data.target_members > 0, axis=1)
+
+    def sizes(some: list[Pair]) -> np.ndarray:
+        data = pair_rows(some)
+        return np.stack([np.sum(x > 0, axis=1, dtype=np.int32) for x in (data.members, data.target_members)], axis=1)
+
+    slots, answers = batches.measured(pairs, sizes).T
+    padded = batches.length_buckets(slots)
     # A batch may hold shorter pairs too, with longer answers to shorter prompts.
     return padded, {int(n): batches.round_up(int(answers[padded <= n].max())) for n in np.unique(padded)}
 
 
-def take_pairs(data: PairBatch, rows: np.ndarray, length: int, num_targets: int) -> PairBatch:
-    """Pairs by number, cut to T = length and R = num_targets."""
-    tokens, positions, members = (x[rows, :length] for x in data[:3])
-    sources, targets, target_members = (x[rows, :num_targets] for x in data[3:6])
-    ref_log_probs = data.ref_log_probs[rows]
-    return PairBatch(tokens, positions, members, sources, targets, target_members, ref_log_probs)
+def make_pair_batch_at(
+    pairs: Sequence[Pair], ref_log_probs: np.ndarray, batch_size: int, seed: int
+) -> Callable[[int], PairBatch]:
+    """`batch_at(step)` whose batches hold pairs of like length and are as long as it, so that little is padding.
 
-
-def make_pair_batch_at(data: PairBatch, batch_size: int, seed: int) -> Callable[[int], PairBatch]:
-    """`batch_at(step)` whose batches hold pairs of like length and are cut to it, so that little is padding."""
-    if not np.all(np.isfinite(data.ref_log_probs)):
-        raise ValueError("pairs lack ref_log_probs: data._replace(ref_log_probs=dpo.reference_log_probs(...))")
-    padded, num_targets = pair_buckets(data)
+    Args:
+      pairs: ids.
+      ref_log_probs: [len(pairs), 2] of `dpo.reference_log_probs`.
+      batch_size, seed: of the batches.
+    """
+    padded, num_targets = pair_buckets(pairs)
 
     def batch_at(step: int) -> PairBatch:
-        rows, length = batches.like_length_numbers(
-            padded, batch_size, step, seed, host=jax.process_index(), num_hosts=jax.process_count()
-        )
-        return sharding.shard_batch(take_pairs(data, rows, length, num_targets[length]))
+        rows, length = batches.like_length_numbers(padded, batch_size, step, seed)
+
+        def make(own: np.ndarray) -> PairBatch:
+            data = pair_rows([pairs[i] for i in rows[own]], length=length, num_targets=num_targets[length])
+            return data._replace(ref_log_probs=ref_log_probs[rows[own]])
+
+        return sharding.make_batch(batch_size, make)
 
     return batch_at

@@ -1,7 +1,7 @@
 """Direct preference optimization: the second stage of SRT (section 3.2)."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import optax
 
 from pit_jax import sharding
 from pit_jax.data import batches, pairs
-from pit_jax.data.pairs import PairBatch
+from pit_jax.data.pairs import Pair, PairBatch
 from pit_jax.losses import preference
 from pit_jax.losses.log_probs import token_log_probs
 from pit_jax.models.transformer import Transformer
@@ -51,21 +51,22 @@ def jitted_log_probs(model: Transformer, chunk_size: int):
 
 
 def reference_log_probs(
-    model: Transformer, params: Params, data: PairBatch, batch_size: int, *, chunk_size: int = 0
+    model: Transformer, params: Params, data: Sequence[Pair], batch_size: int, *, chunk_size: int = 0
 ) -> np.ndarray:
     """log-probs [N, 2] under ref_policy, which does not change: computed once for all pairs, and stored with them.
 
-    In batches of the shapes of training: `data._replace(ref_log_probs=...)` makes the first step's loss log 2.
+    In batches of the shapes of training, so that the first step's loss is log 2.
     """
     padded, num_targets = pairs.pair_buckets(data)
     order = np.argsort(padded, kind="stable")
     batch_size = batches.round_up(batch_size, sharding.mesh_shape().get("data", 1))
-    out = np.zeros_like(data.ref_log_probs)
+    out = np.zeros((len(data), 2), np.float32)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        length = int(padded[rows].max())
-        batch = pairs.take_pairs(data, np.resize(rows, batch_size), length, num_targets[length])
-        found = jitted_log_probs(model, chunk_size)(params, sharding.shard_batch(batch))
+        filled, length = np.resize(rows, batch_size), int(padded[rows].max())
+        shape = {"length": length, "num_targets": num_targets[length]}
+        make = lambda own: pairs.pair_rows([data[i] for i in filled[own]], **shape)  # noqa: B023, E731
+        found = jitted_log_probs(model, chunk_size)(params, sharding.make_batch(batch_size, make))
         out[rows] = sharding.to_host(found)[: len(rows)]
     return out
 

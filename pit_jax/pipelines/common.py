@@ -44,6 +44,9 @@ COT_ARM = "arm_pit_sft_cot"
 
 SPLITS = ("sft", "rm", "rl", "selection", "test", "pretrain")
 
+LENGTHS = "lengths.npz"
+"""Beside the rows of a workdir: split -> `encode.token_lengths`."""
+
 
 @dataclasses.dataclass
 class Context:
@@ -154,6 +157,7 @@ def data_stage(context: Context, words: Sequence[str] = (), tokenizer: str | Pat
     encoder = context.encoder
     record: dict[str, Any] = {"steps": 0, "rows": {}, "over_length": {}, "skipped": counts, "sources": parts}
     lengths = {name: encode.token_lengths(split, encoder) for name, split in raw.items()}
+    np.savez(root / LENGTHS, **lengths)  # no later start, and no other process, needs to encode everything for them
     record["tokens"] = encode.quantiles(np.concatenate([*lengths.values()]))
     for name, split in raw.items():
         kept, dropped = encode.drop_over_length(split, encoder, lengths[name])
@@ -245,8 +249,14 @@ def prompt_ending(context: Context, prompt: str) -> str:
 def load_data(context: Context, splits: Sequence[str] = SPLITS) -> None:
     """Fills `rows` and `encoder` from a finished data stage."""
     load_encoder(context)
-    raw = read_rows(context.config, context.workdir.root / "data", splits)
-    context.rows = {name: encode.drop_over_length(split, context.encoder)[0] for name, split in raw.items()}
+    root = context.workdir.root / "data"
+    raw, lengths = read_rows(context.config, root, splits), {}
+    if (root / LENGTHS).is_file():  # not in a workdir of an earlier version
+        with np.load(root / LENGTHS) as found:
+            lengths = {name: found[name] for name in splits if len(found[name]) == len(raw[name])}
+    context.rows = {
+        name: encode.drop_over_length(split, context.encoder, lengths.get(name))[0] for name, split in raw.items()
+    }
 
 
 def selection_rows(context: Context, n: int) -> list[PreferenceExample]:
@@ -315,24 +325,31 @@ def likelihood_stage(
       loss_on_prompt: whether prompts are learnt too.
       unlikely: rows of section 3.2's unlikelihood terms, three for each of `rows` in turn.
     """
-    rng = np.random.default_rng(seed_of(context.config, f"{stage}/order"))
-    order = rng.permutation(len(rows))
-    rows = [rows[i] for i in order]
+    found = batches.row_sizes(rows, loss_on_prompt)
+    order = np.random.default_rng(seed_of(context.config, f"{stage}/order")).permutation(len(rows))
     over_length = 0
     if settings.sequence_length and not unlikely:
-        fitting = [row for row in rows if batches.num_tokens(row) <= settings.sequence_length]
-        over_length, rows = len(rows) - len(fitting), fitting
+        length = settings.sequence_length
+        fitting = order[found[order, 0] <= length]
+        over_length, order = len(order) - len(fitting), fitting
         if over_length:
-            print(f"  {over_length} of {len(order)} rows are longer than {settings.sequence_length} tokens and dropped")
-        arrays = batches.packed_rows(rows, settings.sequence_length, loss_on_prompt=loss_on_prompt)
+            print(f"  {over_length} of {len(rows)} rows are longer than {length} tokens and dropped")
+        held = [order[numbers] for numbers in batches.pack(found[order, 0].tolist(), length)]
+        most = max(int(found[numbers, 1].sum()) for numbers in held)
     else:
-        length = batches.round_up(max(batches.num_tokens(row) for row in (*rows, *unlikely)))
-        arrays = batches.token_rows(rows, length, loss_on_prompt=loss_on_prompt)
-    data = sft.SFTBatch(arrays)
-    if unlikely:  # the three rows of section 3.2 for each likely one, side by side
-        data = sft.SFTBatch(arrays, batches.token_rows([unlikely[i] for i in order], length))
-    num_sequences = len(arrays.tokens)
-    num_targets = batches.round_up(max(int(b.loss_mask.sum(1).max()) for b in data if b is not None), 16)
+        held = order[:, None]
+        if unlikely:
+            found = np.maximum(found, batches.row_sizes(unlikely))
+        length, most = batches.round_up(int(found[:, 0].max())), int(found[:, 1].max())
+    num_sequences, num_targets = len(held), batches.round_up(most, 16)
+
+    def make(numbers: np.ndarray) -> sft.SFTBatch:
+        sequences = [[rows[i] for i in held[n]] for n in numbers]
+        likely = batches.lay_out(sequences, length, loss_on_prompt=loss_on_prompt)
+        # One of the three rows of section 3.2 for each likely one, side by side.
+        others = batches.token_rows([unlikely[i] for n in numbers for i in held[n]], length) if unlikely else None
+        return sft.SFTBatch(likely, others)
+
     num_steps = settings.num_steps or max(1, round(settings.num_epochs * num_sequences / settings.batch_size))
     model = Transformer(sized(sizes, context.encoder))
     optimizer = optimizers.make_optimizer(settings.optimizer, num_steps)
@@ -344,7 +361,7 @@ def likelihood_stage(
         train_state.create(with_adapters(context, stage, start()) if base else start(), optimizer),
         stage=stage,
         num_steps=num_steps,
-        batch_at=batches.make_batch_at(data, settings.batch_size, seed_of(context.config, stage)),
+        batch_at=batches.make_batch_at(make, num_sequences, settings.batch_size, seed_of(context.config, stage)),
         train_step=train_step,
         directory=context.workdir.checkpoints(stage),
         writer=context.writer,
@@ -352,7 +369,7 @@ def likelihood_stage(
         save_every=settings.save_every,
     )
     leave_model(context, stage, state.params, base)
-    return {"steps": num_steps, "rows": len(rows), "sequences": num_sequences, "over_length": over_length}
+    return {"steps": num_steps, "rows": len(order), "sequences": num_sequences, "over_length": over_length}
 
 
 def plain_text(config: Any) -> list[str]:
@@ -526,7 +543,8 @@ def sft_rows(encoder: encode.Encoder, rows: Sequence[PreferenceExample]) -> list
 
 def sft_policy_stage(context: Context, stage: str, settings: SFTConfig) -> dict:
     """M_P^SFT: -sum log M_P(y_w | x)."""
-    config, rows = context.config, sft_rows(context.encoder, context.rows["sft"])
+    config, e = context.config, context.encoder
+    rows = batches.Rows(context.rows["sft"], lambda row: sft_rows(e, [row])[0])
     start = lambda: load_pretrained(context, config.policy_model)  # noqa: E731
     base = pretrained_base(config, config.policy_model)
     return likelihood_stage(context, stage, config.policy_model, settings, rows, base, start)
@@ -623,8 +641,9 @@ def sample(
     """One response per prompt as ids without EOS, in batches of one shape."""
     responses: list[list[int]] = []
     for i, start in enumerate(range(0, len(prompts), batch_size)):
-        chunk = [prompts[min(j, len(prompts) - 1)] for j in range(start, start + batch_size)]
-        batch = sharding.shard_batch(batches.prompt_rows(chunk, batches.round_up(window)))
+        numbers = np.minimum(np.arange(start, start + batch_size), len(prompts) - 1)
+        make = lambda own: batches.prompt_rows([prompts[j] for j in numbers[own]], batches.round_up(window))  # noqa: B023, E731
+        batch = sharding.make_batch(batch_size, make)
         rollout = jitted_generate(model, settings, eos_id)(params, batch, jax.random.fold_in(key, i))
         responses += response_ids(sharding.to_host(rollout), eos_id)
     return responses[: len(prompts)]

@@ -38,7 +38,7 @@ from pit_jax.pipelines import common
 from pit_jax.pipelines.common import Context, policy_groups
 from pit_jax.pipelines.samples import Ids
 from pit_jax.pipelines.stages import choose_by_kl_bin
-from pit_jax.types import Params, PreferenceExample, Rollout
+from pit_jax.types import Params, PreferenceExample, PromptBatch, Rollout
 
 FIRST_STAGE = {
     "lora": "sft_policy",
@@ -79,20 +79,22 @@ def sft_pit_rows(
 
 def unlikely_rows(encoder: encode.Encoder, rows: Sequence[PreferenceExample]) -> list[batches.Turns]:
     """(x, y_w) -> y_l, (x, y_l) -> y_l and (x, y_w) -> y_w of section 3.2, in turn."""
-    terms = ((lambda r: (r.chosen, r.rejected)), (lambda r: (r.rejected,) * 2), (lambda r: (r.chosen,) * 2))
-    found = []
-    for i, r in enumerate(rows):
-        ref_response, response = terms[i % 3](r)
-        found.append((encoder.pit_prompt(r.prompt, ref_response), encoder.response(response)))
-    return found
+    return [unlikely_row(encoder, i, row) for i, row in enumerate(rows)]
+
+
+def unlikely_row(encoder: encode.Encoder, i: int, row: PreferenceExample) -> batches.Turns:
+    """That of row number i."""
+    ref_response, response = ((row.chosen, row.rejected), (row.rejected,) * 2, (row.chosen,) * 2)[i % 3]
+    return encoder.pit_prompt(row.prompt, ref_response), encoder.response(response)
 
 
 def sft_pit_stage(context: Context, stage: str) -> dict:
     """M_PIT^SFT: -sum log M_PIT(y_w | x, y_l), with the options of section 3.2 and appendix K."""
     e, config = context.encoder, context.config
     settings = dataclasses.replace(config.sft_pit, chain_of_thought=has_thoughts(config, stage))
-    rows = sft_pit_rows(e, context.rows["sft"], settings.chain_of_thought)
-    unlikely = unlikely_rows(e, context.rows["sft"]) if settings.unlikelihood else []
+    examples = context.rows["sft"]
+    rows = batches.Rows(examples, lambda row: sft_pit_rows(e, [row], settings.chain_of_thought)[0])
+    unlikely = batches.Rows([*enumerate(examples)] if settings.unlikelihood else [], lambda x: unlikely_row(e, *x))
     start = lambda: common.load_pretrained(context, config.pit_model)  # noqa: E731
     base = common.pretrained_base(config, config.pit_model)
     return common.likelihood_stage(context, stage, config.pit_model, settings, rows, base, start, unlikely=unlikely)
@@ -183,7 +185,7 @@ def reward_stage(
         backbone = {k: v for k, v in backbone.items() if k != "unembedding"}
         params = {"params": {**common.init_params(model, common.key_of(config, stage))["params"], "backbone": backbone}}
 
-    groups = make_groups(e, rows)
+    groups = batches.Rows(rows, lambda row: make_groups(e, [row])[0])
     num_steps = settings.num_steps or max(1, round(settings.num_epochs * len(rows) / settings.batch_size))
     optimizer = optimizers.make_optimizer(settings.optimizer, num_steps)
     candidates = context.workdir.candidates(stage)
@@ -199,9 +201,7 @@ def reward_stage(
         train_state.create(common.with_adapters(context, stage, params), optimizer),
         stage=stage,
         num_steps=num_steps,
-        batch_at=batches.make_score_batch_at(
-            batches.score_rows(groups), settings.batch_size, common.seed_of(config, stage), num_steps
-        ),
+        batch_at=batches.make_score_batch_at(groups, settings.batch_size, common.seed_of(config, stage), num_steps),
         train_step=reward_model.make_train_step(
             model, optimizer, loss=settings.loss, accumulation=settings.accumulation
         ),
@@ -283,14 +283,16 @@ class References:
         if self.source == "srt" and all(row.prompt in self.refinements for row in rows):
             return [(found := self.refinements[row.prompt])[turn % len(found)] for row in rows]
         if self.source == "data":
-            return [e.response(r.chosen if c else r.rejected)[:-1] for r, c in zip(rows, use_chosen, strict=True)]
+            answers = [r.chosen if c else r.rejected for r, c in zip(rows, use_chosen, strict=True)]
+            return batches.Rows(answers, lambda y: e.response(y)[:-1])
         settings = SamplingConfig(max_new_tokens=config.data.response_window, temperature=config.ppo_pit.temperature)
         draw = functools.partial(common.sample, settings=settings, eos_id=e.tokenizer.eos_id, batch_size=len(rows))
         params = self.policies[turn % len(self.policies)]
-        prompts = [e.policy_prompt(r.prompt) for r in rows]
+        prompts = batches.Rows(rows, lambda r: e.policy_prompt(r.prompt))
         responses = draw(self.model, params, prompts, key, window=e.policy_window)
         if self.source == "pit":
-            prompts = [e.pit_prompt(r.prompt, y) for r, y in zip(rows, responses, strict=True)]
+            answered = [(r.prompt, y) for r, y in zip(rows, responses, strict=True)]
+            prompts = batches.Rows(answered, lambda pair: e.pit_prompt(*pair))
             responses = draw(self.pit_model, self.pit, prompts, jax.random.fold_in(key, 1), window=e.pit_window)
         return responses
 
@@ -341,22 +343,35 @@ class TextBatch:
     """Prompts of one iteration: arrays for the device, rows and ref_responses for the text metrics."""
 
     arrays: ppo.RLBatch
-    rows: tuple[PreferenceExample, ...]
-    references: tuple[tuple[int, ...], ...]
+    rows: Sequence[PreferenceExample]
+    references: Sequence[Sequence[int]]
 
 
 def text_metrics(context: Context, rollout: Rollout, batch: TextBatch) -> dict:
-    """What only the text shows: the verifier's score (never trained on) and how often ref_response is copied."""
+    """What only the text shows: the verifier's score (never trained on) and how often ref_response is copied.
+
+    Args:
+      context: of the run.
+      rollout: the rows of it that this process holds (`sharding.own_part`); the others are read by the others.
+      batch: what was continued.
+    """
+    own = sharding.own_rows(len(batch.rows))
     responses = common.response_ids(rollout, context.encoder.tokenizer.eos_id)
+    counts = np.zeros((len(own), 3), np.int32)  # copies; requirements that are met, and all
+    for count, i, y in zip(counts, own, responses, strict=True):
+        row = batch.rows[i]
+        if batch.references:
+            count[0] = y == list(batch.references[i])
+        if batch.rows[0].requirements:
+            met = verifier.verify(row.requirements, context.encoder.text(y))
+            count[1:] = sum(met), len(met)
+    copies, met, asked = sharding.to_host(sharding.make_batch(len(batch.rows), lambda _: counts)).T
     metrics = {}
     if batch.references:
-        copies = sum(tuple(y) == ref for y, ref in zip(responses, batch.references, strict=True))
-        metrics["copy_rate"] = (copies, len(responses))
+        metrics["copy_rate"] = (np.sum(copies), len(copies))
     if batch.rows[0].requirements:
-        texts = [context.encoder.text(y) for y in responses]
-        met = [verifier.verify(r.requirements, text) for r, text in zip(batch.rows, texts, strict=True)]
-        metrics["verifier/share_met"] = (sum(np.mean(m) for m in met), len(met))
-        metrics["verifier/all_met"] = (sum(all(m) for m in met), len(met))
+        metrics["verifier/share_met"] = (sum(met / asked), len(met))
+        metrics["verifier/all_met"] = (np.sum(met == asked), len(met))
     return metrics
 
 
@@ -408,16 +423,24 @@ def rl_stage(context: Context, stage: str, settings: PPOConfig, start: str, refe
 
     def batch_of(chosen_rows, use_chosen, key, turn, copies=1) -> TextBatch:
         repeat = lambda values: [value for value in values for _ in range(copies)]  # noqa: E731
-        refs = () if references is None else repeat(references(chosen_rows, use_chosen, key, turn))
-        chosen_rows = repeat(chosen_rows)
-        plain = [e.policy_prompt(r.prompt) for r in chosen_rows]
-        pit_form = [e.pit_prompt(r.prompt, y) for r, y in zip(chosen_rows, refs, strict=False)]
-        arrays = ppo.RLBatch(batches.prompt_rows(pit_form or plain, batches.round_up(window)))
+        refs = () if references is None else references(chosen_rows, use_chosen, key, turn)
+        if copies > 1:
+            chosen_rows, refs = repeat(chosen_rows), batches.Rows(repeat(range(len(refs))), lambda i, of=refs: of[i])
+
+        def make(own: np.ndarray) -> PromptBatch:
+            xs = [chosen_rows[i].prompt for i in own]
+            prompts = (
+                [e.pit_prompt(x, refs[i]) for i, x in zip(own, xs, strict=True)] if refs else map(e.policy_prompt, xs)
+            )
+            return batches.prompt_rows([*prompts], batches.round_up(window))
+
+        arrays = ppo.RLBatch(sharding.make_batch(len(chosen_rows), make))
         if by_difference:
+            plain = [e.policy_prompt(r.prompt) for r in chosen_rows]
             policy_prompts = batches.prompt_rows(plain, batches.round_up(e.policy_window))
             behind = sampling.append_ids(policy_prompts, refs, config.data.response_window, e.tokenizer.eos_id)
-            arrays = arrays._replace(policy_prompts=policy_prompts, references=behind)
-        return TextBatch(sharding.shard_batch(arrays), tuple(chosen_rows), tuple(map(tuple, refs)))
+            arrays = arrays._replace(**sharding.shard_batch({"policy_prompts": policy_prompts, "references": behind}))
+        return TextBatch(arrays, chosen_rows, refs)
 
     def batch_at(step: int) -> TextBatch:
         num_prompts = settings.rollout_size // settings.samples_per_prompt
@@ -438,7 +461,7 @@ def rl_stage(context: Context, stage: str, settings: PPOConfig, start: str, refe
         rollout = sample(state, validation.arrays, key)
         _, _, _, metrics = judge(state, *frozen(state), validation.arrays, rollout)
         measured = {name: float(metrics[name][0] / metrics[name][1]) for name in ("kl", "score", "length")}
-        texts = text_metrics(context, sharding.to_host(rollout), validation)
+        texts = text_metrics(context, sharding.own_part(rollout), validation)
         measured |= {name: float(value / weight) for name, (value, weight) in texts.items()}
         candidates.add(step, lora.trained(state.policy.params), measured)
         context.writer.write(stage, step, {f"selection/{k}": v for k, v in measured.items()})
@@ -450,7 +473,7 @@ def rl_stage(context: Context, stage: str, settings: PPOConfig, start: str, refe
         rollout = jax.block_until_ready(sample(state, batch.arrays, key))
         sampled = time.perf_counter()
         experience, _, statistics, metrics = judge(state, *frozen(state), batch.arrays, rollout)
-        rollout = sharding.to_host(rollout)
+        rollout = sharding.own_part(rollout)
         jax.block_until_ready(experience)
         judged = time.perf_counter()
         state, more = update(state, experience, statistics, metrics["kl"][0] / metrics["kl"][1], key)

@@ -510,9 +510,14 @@ def open_srt(workdir: str) -> tuple[Context, str]:
 
 def srt_rows(context: Context, records: Sequence[Record], without: str = "") -> list[batches.Turns]:
     """x -> (y, f, r) of Equation 1, as turns that are read and learnt."""
+    return [*map(srt_form(context, without), records)]
+
+
+def srt_form(context: Context, without: str = "") -> Callable[[Record], batches.Turns]:
+    """Record -> its row of `srt_rows`."""
     form = make_form(context, without)
     learn = [part for part in context.config.learn if part not in feedback_lib.WITHOUT[without]]
-    return [form.turns(r.instruction, r.response, r.feedback, learn) for r in records]
+    return lambda r: tuple(form.turns(r.instruction, r.response, r.feedback, learn))
 
 
 def srt_stage(context: Context, stage: str, without: str = "", share: float = 1.0) -> dict:
@@ -526,19 +531,24 @@ def srt_stage(context: Context, stage: str, without: str = "", share: float = 1.
     """
     config = context.config
     records = [r for r in read_records(context, "critic_feedback") if not r.dropped]
-    rows = srt_rows(context, records[: max(1, round(share * len(records)))], without)
+    rows = batches.Rows(records[: max(1, round(share * len(records)))], srt_form(context, without))
     start = lambda: common.load_model(context, "sft_policy")  # noqa: E731
     return common.likelihood_stage(context, stage, config.policy_model, config.srt, rows, "models/sft_policy", start)
 
 
 def dpo_pairs(context: Context, records: Sequence[Record]) -> list[tuple[list[int], list[int], list[int]]]:
     """(x, r, y) in ids; answers end as M_self ends them, with the words that a critique begins with."""
+    return [*map(pair_form(context), records)]
+
+
+def pair_form(context: Context) -> Callable[[Record], pairs.Pair]:
+    """Record -> its pair of `dpo_pairs`."""
     form, e = make_form(context), context.encoder
     end = list(form.feedback_begins)
     if e.tokenizer.eos_id in end:  # a template that ends the answer's turn: nothing is sampled behind that
         end = end[: end.index(e.tokenizer.eos_id) + 1]
     ids = lambda text: [*e.tokenizer.encode(text), *end]  # noqa: E731
-    return [(form.prompt(r.instruction), ids(r.refinement), ids(r.response)) for r in records]
+    return lambda r: (form.prompt(r.instruction), ids(r.refinement), ids(r.response))
 
 
 def dpo_stage(context: Context, number: int) -> dict:
@@ -551,16 +561,15 @@ def dpo_stage(context: Context, number: int) -> dict:
     if not records:
         context.workdir.save_model(stage, ref_params)
         return {"steps": 0, "rows": 0}
-    data = pairs.pair_rows(dpo_pairs(context, records))
+    data = batches.Rows(records, pair_form(context))
     log_probs = dpo.reference_log_probs(model, ref_params, data, settings.batch_size, chunk_size=settings.chunk_size)
-    data = data._replace(ref_log_probs=log_probs)
     num_steps = settings.num_steps or max(1, round(settings.num_epochs * len(records) / settings.batch_size))
     optimizer = optimizers.make_optimizer(settings.optimizer, num_steps)
     state = loop.run(
         train_state.create(common.with_adapters(context, stage, ref_params), optimizer),
         stage=stage,
         num_steps=num_steps,
-        batch_at=pairs.make_pair_batch_at(data, settings.batch_size, common.seed_of(config, stage)),
+        batch_at=pairs.make_pair_batch_at(data, log_probs, settings.batch_size, common.seed_of(config, stage)),
         train_step=dpo.make_train_step(
             model,
             optimizer,
