@@ -142,9 +142,10 @@ class RowsFound(NamedTuple):
 
 
 def most_rows(gib: Callable[[int], tuple[bool, float | None]], limit: float, most: int = 4096) -> RowsFound:
-    """The largest number of rows at a time that fits: a line through two sizes, and what it says, confirmed.
+    """The largest number of rows at a time that fits: one more does not, which is asked too.
 
-    Memory is not quite a line in the rows, so it is drawn again through what was found, a few times at most.
+    Lines through what was found say what to ask. Memory is not quite a line in the rows, so where these do not close
+    in on it, halves do.
 
     Args:
       gib: rows -> (whether they fit, what they take, None where that is not known).
@@ -161,14 +162,11 @@ def most_rows(gib: Callable[[int], tuple[bool, float | None]], limit: float, mos
 
     if not fits(1):
         return RowsFound(0, asked)
-    if most < 2 or not fits(2):
-        return RowsFound(1, asked)
-    good, bad = 2, most + 1
-    for _ in range(5):
-        line = _line_meets(asked, limit)
-        if bad - good <= 1 or line == good:
-            break
-        guess = line if line is not None and good < line < bad else math.isqrt(good * bad)
+    good, bad = 1, most + 1
+    while bad - good > 1:
+        line = _line_meets(asked, limit) if len(asked) < 6 else None
+        guess = math.isqrt(good * bad) if line is None else line
+        guess = 2 if good == 1 else min(max(guess, good + 1), bad - 1)
         good, bad = (guess, bad) if fits(guess) else (good, guess)
     return RowsFound(good, asked)
 

@@ -136,6 +136,9 @@ def test_the_first_place_that_will_do():
         (lambda n: 30 + 0.75 * n, 0),
         (lambda n: 20 + 2 * -(-n // 2), 10),  # in steps
         (lambda n: 3 + 0.5 * n + 0.01 * n * n, 32),  # bent
+        (lambda n: 0.1 * n * n, 17),
+        (lambda n: 20 + 6 * (n > 1) + 0.1 * n, 40),  # a line through 1 and 2 says 2
+        (lambda n: 4.0, 4096),
     ],
 )
 @pytest.mark.parametrize("says", [True, False])
@@ -147,10 +150,12 @@ def test_the_most_rows(memory, most, says):
         return fits, memory(rows) if fits or says else None
 
     found = fitting.most_rows(ask, 30)
-    assert len(found.asked) <= 7 and memory(found.rows) <= 30 or not found.rows
-    assert found.rows == most if says else most / 2 <= found.rows <= most
-    steps = {memory(n + 1) - memory(n) for n in (1, 2, 3)}
-    assert len(steps) > 1 or len(found.asked) <= 3  # two points are a line, a third confirms it
+    assert found.rows == most
+    assert len(found.asked) <= 18
+    if most < 4096:
+        assert most + 1 in found.asked, "that one more does not fit is not guessed"
+        steps = {memory(n + 1) - memory(n) for n in (1, 2, 3)}
+        assert len(steps) > 1 or len(found.asked) <= 4  # two points are a line; a third and a fourth confirm it
 
 
 def test_meshes_that_models_can_be_cut_over():
