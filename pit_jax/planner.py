@@ -65,13 +65,27 @@ def _is_state(x) -> bool:
     return isinstance(x, TrainState)
 
 
-def collective_seconds(collective: cost.Collective, chip: Chip, axes: tuple[int, ...]) -> float:
-    """Of a ring over as many axes of the torus as the group fills, both directions of each at once."""
-    used, chips = 0, 1
-    for size in sorted(axes):
-        if chips < collective.group and size > 1:
-            used, chips = used + 1, chips * size
-    return collective.bytes_sent / (2 * max(used, 1) * chip.link_bandwidth)
+def links_of(mesh: jax.sharding.Mesh, place: Place) -> dict[int, int]:
+    """Devices of a group, along an axis of the mesh or both -> links over which each sends at once.
+
+    Two along an axis of the slice that the group fills and that is a ring; one along others: the chip at the end of a
+    line has no more, and the paths of groups that lie between each other share theirs.
+    """
+    at, is_ring, found = place.coordinates, slices.rings(place.axes), {}
+    for group in (mesh.devices[:, 0], mesh.devices[0], mesh.devices.ravel()):
+        along = [len(set(places)) for places in zip(*map(at.get, group), strict=True)]
+        links = sum(
+            2 if ring and number == size else 1
+            for number, size, ring in zip(along, place.axes, is_ring, strict=True)
+            if number > 1
+        )
+        found[len(group)] = max(links, found.get(len(group), 1))
+    return found
+
+
+def collective_seconds(collective: cost.Collective, chip: Chip, links: dict[int, int]) -> float:
+    """At best: over all `links_of` its group at once."""
+    return collective.bytes_sent / (links.get(collective.group, 1) * chip.link_bandwidth)
 
 
 def needed(error: Exception, given: float = 0.0) -> tuple[float | None, str]:
@@ -92,9 +106,10 @@ def needed(error: Exception, given: float = 0.0) -> tuple[float | None, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Lowered:
-    """A program on its way to the compiler, which needs no mesh and no Python any more."""
+    """A program on its way to the compiler, which needs no Python any more."""
 
     program: programs.Program
+    mesh: jax.sharding.Mesh
     jaxpr: Any
     stage: Any
 
@@ -102,7 +117,7 @@ class Lowered:
 def lowered(program: programs.Program) -> Lowered:
     """Traces a program; the mesh that it is for is set."""
     traced = program.function.trace(*program.arguments)
-    return Lowered(program, traced.jaxpr, traced.lower())
+    return Lowered(program, jax.sharding.get_mesh(), traced.jaxpr, traced.lower())
 
 
 def measure(made: Lowered, place: Place) -> dict[str, Any]:
@@ -152,10 +167,11 @@ def measure(made: Lowered, place: Place) -> dict[str, Any]:
     }
     if chip is None:
         return row
-    whole = seconds_of(row["flops"], moved, chip, place.axes)
+    links = links_of(made.mesh, place)
+    whole = seconds_of(row["flops"], moved, chip, links)
     bound = max(whole.values())
     if program.while_trips:
-        rest = seconds_of(flops(0), cost.traffic(text, 0), chip, place.axes)
+        rest = seconds_of(flops(0), cost.traffic(text, 0), chip, links)
         decode = {name: whole[name] - rest[name] for name in whole}
         row["phases"] = {"prefill": rest, f"decode of {program.while_trips} tokens": decode}
         bound = sum(max(phase.values()) for phase in row["phases"].values())
@@ -167,12 +183,12 @@ def measure(made: Lowered, place: Place) -> dict[str, Any]:
     }
 
 
-def seconds_of(flops: float, moved: cost.Traffic, chip: Chip, axes: tuple[int, ...]) -> dict[str, float]:
+def seconds_of(flops: float, moved: cost.Traffic, chip: Chip, links: dict[int, int]) -> dict[str, float]:
     """Computing, main memory and interconnect, each alone at its published rate."""
     return {
         "compute": flops / chip.flops,
         "memory": moved.hbm_bytes / chip.hbm_bandwidth,
-        "interconnect": sum(collective_seconds(c, chip, axes) for c in moved.collectives),
+        "interconnect": sum(collective_seconds(c, chip, links) for c in moved.collectives),
     }
 
 

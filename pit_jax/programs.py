@@ -74,7 +74,19 @@ def num_matrix_parameters(config: ModelConfig) -> tuple[int, int]:
     return c.num_layers * (attention + 3 * c.d_model * c.mlp_dim), c.vocab_size * c.d_model
 
 
-def forward_flops(config: ModelConfig, rows: int, length: int, num_targets: int, start: int = 0) -> float:
+Passes = tuple[float, float]
+"""How often operations of a forward pass are done: products with weights, and those of attention."""
+
+READ: Passes = (1.0, 1.0)
+LEARN: Passes = (3.0, 3.0)
+"""With the gradients of both sides of every product."""
+ADAPT: Passes = (2.0, 3.0)
+"""Weights are frozen, and have no gradient; what the adapters do beside them is little, and not counted."""
+
+
+def forward_flops(
+    config: ModelConfig, rows: int, length: int, num_targets: int, start: int = 0, passes: Passes = READ
+) -> float:
     """Operations of reading `rows` sequences of `length` tokens, each attending to those before it.
 
     Args:
@@ -82,11 +94,12 @@ def forward_flops(config: ModelConfig, rows: int, length: int, num_targets: int,
       rows, length: of the batch.
       num_targets: positions per row at which the vocabulary is scored.
       start: tokens that stand before them in a cache.
+      passes: READ, or what learning from them takes.
     """
     layers, unembedding = num_matrix_parameters(config)
     seen = length * start + length * (length + 1) / 2  # sliding windows, which see less, are not taken into account
     attention = 4.0 * config.num_layers * config.num_heads * config.head_dim * seen
-    return rows * (2.0 * layers * length + 2.0 * unembedding * num_targets + attention)
+    return rows * (passes[0] * 2.0 * (layers * length + unembedding * num_targets) + passes[1] * attention)
 
 
 def on_mesh(tree, mesh: jax.sharding.Mesh):
@@ -104,6 +117,7 @@ class _Maker:
 
     def __init__(self, config: PitConfig | SrtConfig, mesh: jax.sharding.Mesh):
         self.config, self.mesh = config, mesh
+        self.learn = ADAPT if config.lora.rank else LEARN
         data = config.data
         self.answer = data.response_window
         self.policy_prompt = data.prompt_window + FORM
@@ -137,8 +151,8 @@ class _Maker:
             params = jax.eval_shape(lambda p: lora.add(p, self.config.lora, jax.random.key(0)), params)
         return on_mesh(params, self.mesh)
 
-    def state(self, module: Transformer | ScalarModel, optimizer: optax.GradientTransformation):
-        params = self.params(module, adapted=True)
+    def state(self, module: Transformer | ScalarModel, optimizer: optax.GradientTransformation, adapted: bool = True):
+        params = self.params(module, adapted)
         start = lambda p: train_state.TrainState(jnp.int32(0), p, optimizer.init(lora.trained(p)))  # noqa: E731
         return on_mesh(jax.eval_shape(start, params), self.mesh)
 
@@ -147,6 +161,7 @@ class _Maker:
 
     def likelihood(self, stage: str, model: str, path: str, row: int, num_targets: int) -> Program:
         """`row` tokens are in a row at most, `num_targets` of them learnt: of a packed sequence all may be."""
+        adapted = not stage.startswith("pretrain")  # what starts from nothing has no weights to freeze
         sizes, settings = field(self.config, model), field(self.config, path)
         length = settings.sequence_length or batches.round_up(row)
         if settings.sequence_length or settings.loss_on_prompt:
@@ -160,8 +175,9 @@ class _Maker:
         )  # fmt: skip
         rows = TokenBatch(*(self.array(B, length) for _ in range(3)), self.array(B, length, dtype=jnp.bool_))
         batch = sft.SFTBatch(rows, rows if settings.unlikelihood else None)
-        flops = 3 * forward_flops(sizes, B, length, num_targets) * (2 if settings.unlikelihood else 1)
-        state = self.state(module, optimizer)
+        passes = self.learn if adapted else LEARN
+        flops = forward_flops(sizes, B, length, num_targets, passes=passes) * (2 if settings.unlikelihood else 1)
+        state = self.state(module, optimizer, adapted)
         return Program(
             stage, path, model, step, (state, batch), flops, B * length, gradients=lora.trained(state.params)
         )
@@ -175,7 +191,7 @@ class _Maker:
         module, optimizer = ScalarModel(sizes), _optimizer(settings.optimizer)
         step = reward_model.make_train_step(module, optimizer, loss=settings.loss, accumulation=settings.accumulation)
         batch = ScoreBatch(*(self.array(B, T) for _ in range(3)), self.array(B, C))
-        flops = 3 * tree_flops(sizes, B, self.policy_prompt, self.answer, depth=2 if is_gap else 1)
+        flops = tree_flops(sizes, B, self.policy_prompt, self.answer, depth=2 if is_gap else 1, passes=self.learn)
         state = self.state(module, optimizer)
         return Program(
             stage, stage, "reward_model", step, (state, batch), flops, B * T, gradients=lora.trained(state.params)
@@ -215,6 +231,8 @@ class _Maker:
         sampled = forward_flops(sizes, B, P, 1) + forward_flops(sizes, B, R, R, start=P)
         learning = on_mesh((experience, statistics), self.mesh)
         epochs = settings.num_epochs
+        learnt = forward_flops(sizes, B, P + R, R, passes=self.learn)
+        learnt += forward_flops(reward, B, P + R, 0, passes=self.learn)
         # With adapters the state holds the models that it started from (the policy that of the first round).
         held, shared = ((), frozen) if self.config.lora.rank else (frozen, ())
         others = self.answering() if is_pit else ()
@@ -230,16 +248,21 @@ class _Maker:
             ),
             Program(
                 f"{stage}: update", path, model, update, (state, *learning, number, self.key),
-                3 * epochs * (reads + values), epochs * B * (P + R), gradients=adapted, beside=(*held, *others),
+                epochs * learnt, epochs * B * (P + R), gradients=adapted, beside=(*held, *others),
             ),
         ]  # fmt: skip
 
     def answering(self) -> tuple:
         """The models that write ref_responses in the round of the curriculum that holds most of them."""
-        own = self.params(Transformer(self.config.policy_model))
-        of_source = {"policy": (own,), "policy_checkpoint": (own,), "srt": (own,)}
+        policy, ppo = Transformer(self.config.policy_model), self.config.ppo
+        own = self.params(policy)
+        of_source = dict.fromkeys(("policy", "policy_checkpoint", "srt"), (own,))
         of_source["pit"] = (own, self.params(Transformer(self.config.pit_model)))
-        return max((of_source.get(source, ()) for source in self.config.curriculum), key=len, default=())
+        # All candidates of rl_policy but the first and the last, which take turns; adapters share their weights.
+        num_candidates = 1 + -(-ppo.num_iterations // ppo.eval_every)
+        more = (num_candidates - 2 if num_candidates > 2 else num_candidates) - 1
+        of_source["policy_checkpoint"] += (lora.trained(self.params(policy, adapted=True)),) * more
+        return max((of_source.get(source, ()) for source in self.config.curriculum), key=_size, default=())
 
     def sampling(
         self, stage: str, model: str, path: str, prompt: int, answer: int, stop: tuple[int, ...] = ()
@@ -270,12 +293,14 @@ class _Maker:
             *(self.array(B, T) for _ in range(3)), *(self.array(B, R) for _ in range(3)),
             self.array(B, 2, dtype=jnp.float32),
         )  # fmt: skip
-        flops = tree_flops(sizes, B, self.policy_prompt, self.answer, depth=1, num_targets=R)
+        flops = lambda passes: tree_flops(  # noqa: E731
+            sizes, B, self.policy_prompt, self.answer, depth=1, num_targets=R, passes=passes
+        )
         read, state = dpo.jitted_log_probs(module, settings.chunk_size), self.state(module, optimizer)
         return [
-            Program(f"{stage}: log-probs", path, model, read, (self.params(module), batch), flops, B * T),
+            Program(f"{stage}: log-probs", path, model, read, (self.params(module), batch), flops(READ), B * T),
             Program(
-                stage, path, model, step, (state, batch), 3 * flops, B * T, gradients=lora.trained(state.params)
+                stage, path, model, step, (state, batch), flops(self.learn), B * T, gradients=lora.trained(state.params)
             ),
         ]  # fmt: skip
 
@@ -288,12 +313,14 @@ def _optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     return optimizers.make_optimizer(config, 1000)
 
 
-def tree_flops(config: ModelConfig, rows: int, prompt: int, answer: int, depth: int, num_targets: int = 0) -> float:
+def tree_flops(
+    config: ModelConfig, rows: int, prompt: int, answer: int, depth: int, num_targets: int = 0, passes: Passes = READ
+) -> float:
     """Operations of reading a prompt, two answers behind it, and with depth 2 two more behind each of these."""
-    total = forward_flops(config, rows, prompt, num_targets)
-    total += 2 * forward_flops(config, rows, answer, 0, start=prompt)
+    total = forward_flops(config, rows, prompt, num_targets, passes=passes)
+    total += 2 * forward_flops(config, rows, answer, 0, start=prompt, passes=passes)
     if depth == 2:
-        total += 4 * forward_flops(config, rows, answer, 0, start=prompt + answer)
+        total += 4 * forward_flops(config, rows, answer, 0, start=prompt + answer, passes=passes)
     return total
 
 

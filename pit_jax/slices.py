@@ -4,6 +4,7 @@ The compiler runs on a CPU machine; `pit_jax.plan` sets the environment that it 
 """
 
 import dataclasses
+import itertools
 import math
 import re
 from typing import Any
@@ -23,7 +24,7 @@ class Chip:
       hbm_bytes: that the compiler gives to a program; a little less than there are.
       hbm_bandwidth: bytes per second.
       link_bandwidth: bytes per second of one link of the interconnect in one direction.
-      dimensions: axes of the torus: two links along each.
+      dimensions: axes of a slice, along which a chip has two links, but for the ends of a line (`rings`).
       options: what the compiler has to be told.
     """
 
@@ -48,8 +49,18 @@ SLICES = {
 }  # fmt: skip
 """TensorCores -> chips along each axis, of v4 and v5p: the usual shape of a slice of that size."""
 
-FLAT_SLICES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+FLAT_SLICES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 """Of v5e and v6e."""
+
+
+def rings(axes: tuple[int, ...]) -> tuple[bool, ...]:
+    """Which axes of a slice have links from their last chip to their first; the others are lines.
+
+    In three dimensions that is so where the slice is made of cubes of 4 x 4 x 4, in two along axes of 16.
+    """
+    if len(axes) == 3:
+        return (not any(size % 4 for size in axes),) * 3
+    return tuple(size == 16 for size in axes)
 
 
 def slice_name(text: str) -> tuple[str, tuple[int, ...]]:
@@ -107,6 +118,13 @@ class Place:
     hbm_bytes: float
     chip: Chip | None = None
     axes: tuple[int, ...] = ()
+
+    @property
+    def coordinates(self) -> dict[Any, tuple[int, ...]]:
+        """Device -> where its chip stands in the slice."""
+        if self.devices[0].platform == "tpu":
+            return {device: tuple(device.coords)[: len(self.axes)] for device in self.devices}
+        return dict(zip(self.devices, itertools.product(*map(range, self.axes)), strict=True))
 
 
 def place_of(topology: str) -> Place:

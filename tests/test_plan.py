@@ -4,9 +4,11 @@ import dataclasses
 import json
 import math
 import re
+import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from commands import run
 from test_transformer import config_files
@@ -40,7 +42,7 @@ def test_a_slice_of_n_tensorcores_has_half_as_many_chips():
 
 def test_usual_slices_from_the_smallest_on():
     assert slices.of_kind("v4", 32) == ["v4:4x4x4", "v4:4x4x8", "v4:4x8x8", "v4:8x8x8", "v4:8x8x16"]
-    assert slices.of_kind("v5e")[:2] == ["v5e:2x2", "v5e:2x4"]
+    assert slices.of_kind("v5e")[:3] == ["v5e:1x1", "v5e:2x2", "v5e:2x4"]
     for kind, chip in slices.CHIPS.items():
         sizes = [math.prod(slices.slice_name(name)[1]) for name in slices.of_kind(kind)]
         assert sizes == sorted(sizes) and len(slices.slice_name(slices.of_kind(kind)[0])[1]) == chip.dimensions
@@ -162,6 +164,37 @@ def test_gradients_are_of_what_is_trained():
         assert least == planner.held(sft)["parameters"]
 
 
+def test_candidates_that_take_turns_are_all_held(one_device):
+    """30 iterations with a candidate every 10 leave four, of which the two in the middle write ref_responses."""
+    ppo = config_lib.PPOConfig(num_iterations=30, eval_every=10)
+    for rank in (0, 2):
+        lora = LoraConfig(rank=rank, targets=("q",))
+        config = dataclasses.replace(SMALL, ppo=ppo, curriculum=("data", "policy_checkpoint"), lora=lora)
+        policy = 4 * sum(x.size for x in jax.tree.leaves(common.shapes(Transformer(config.policy_model))))
+        adapters = 4 * 2 * 2 * 16 * rank
+        rollout = planner.held(named(config, "rl_pit: rollout"))
+        assert rollout["others"] == policy + (adapters if rank else policy)
+
+
+def test_operations_of_learning_with_adapters(one_device):
+    """Frozen weights have no gradient. What is counted is done, or MFU could be above 100%."""
+    done = {}
+    for rank in (0, 1):
+        lora = LoraConfig(rank=rank, targets=("q",))
+        program = named(dataclasses.replace(SMALL, lora=lora), "sft_policy")
+        jaxpr = program.function.trace(*program.arguments).jaxpr
+        done[rank] = cost.matmul_flops(jaxpr), program.model_flops
+        assert 1.0 <= done[rank][0] / done[rank][1] < 1.5
+    assert done[1][1] < 0.8 * done[0][1]
+
+
+def test_what_starts_from_nothing_has_no_adapters(one_device):
+    """Pretraining moves all weights, with config.lora too."""
+    config = dataclasses.replace(SMALL, pretrain=config_lib.PretrainConfig(), lora=LoraConfig(rank=2, targets=("q",)))
+    whole, adapted = (planner.held(named(config, name)) for name in ("pretrain", "sft_policy"))
+    assert whole["optimizer"] > 1.9 * whole["parameters"] and adapted["optimizer"] < 0.2 * adapted["parameters"]
+
+
 @pytest.mark.parametrize(
     ("values", "stage", "message"),
     [
@@ -193,12 +226,39 @@ def test_what_the_compiler_says_of_a_program_that_does_not_fit():
     assert planner.needed(RuntimeError("RESOURCE_EXHAUSTED: no\nmore")) == (None, "RESOURCE_EXHAUSTED: no")
 
 
+class Device:
+    """One that does not say where it stands."""
+
+    platform = "cpu"
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "links"),
+    [
+        # Groups of neighbours in the order of the devices below: `model` along the last axes, `data` along the first.
+        ((4, 4, 4), (16, 4), {16: 4, 4: 2, 64: 6}),  # cubes have rings
+        ((4, 4, 4), (32, 2), {32: 5, 2: 1, 64: 6}),  # half of an axis is no ring
+        ((4, 8, 8), (32, 8), {32: 4, 8: 2, 256: 6}),  # 8 fill one axis, not two
+        ((2, 2, 4), (4, 4), {4: 2, 16: 3}),  # lines; the two groups of 4 are not told apart: the faster one
+        ((2, 2, 1), (4, 1), {4: 2, 1: 1}),
+        ((4, 16), (4, 16), {4: 1, 16: 2, 64: 3}),
+    ],
+)
+def test_links_of_groups(axes, shape, links):
+    devices = tuple(Device() for _ in range(math.prod(axes)))
+    grid = np.empty(len(devices), object)
+    grid[:] = devices
+    mesh = types.SimpleNamespace(devices=grid.reshape(shape))
+    assert planner.links_of(mesh, slices.Place("", devices, math.inf, None, axes)) == links
+
+
 def test_seconds_of_a_collective():
-    """2 GB go round 16 chips of 4 x 4 x 1: 15/16 of it over two axes with two links each."""
+    """2 GB go round 16 chips: each sends 15/16 of it, over four links of 45 GB/s."""
     gather = cost.Collective("all-gather", 2_000_000_000, 1, 16)
-    assert planner.collective_seconds(gather, slices.CHIPS["v4"], (4, 4, 1)) == pytest.approx(1.875e9 / (4 * 45e9))
+    seconds = planner.collective_seconds(gather, slices.CHIPS["v4"], {16: 4, 4: 2})
+    assert seconds == pytest.approx(1.875e9 / (4 * 45e9))
     small = dataclasses.replace(gather, group=4)
-    assert planner.collective_seconds(small, slices.CHIPS["v4"], (4, 4, 1)) == pytest.approx(1.5e9 / (2 * 45e9))
+    assert planner.collective_seconds(small, slices.CHIPS["v4"], {16: 4, 4: 2}) == pytest.approx(1.5e9 / (2 * 45e9))
 
 
 CONFIGS = dict(config_files())
