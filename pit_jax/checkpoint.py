@@ -120,9 +120,20 @@ class Saver:
                 partial.rename(final)
                 files.sync_directory(self._directory)
                 files.remove_tree(old)
-            if self._keep is not None:
-                for earlier in [s for s in all_steps(self._directory) if s <= step][: -self._keep]:
-                    delete(self._directory, earlier)
+        if self._keep is not None:
+            self._delete_before(step, self._keep)
+
+    def _delete_before(self, step: int, keep: int) -> None:
+        """What this checkpoint replaces. It is written by now, whatever becomes of them."""
+        try:
+            for earlier in [s for s in all_steps(self._directory) if s <= step][:-keep]:
+                delete(self._directory, earlier)
+        except Exception as error:  # a bucket raises types of its own
+            warnings.warn(
+                f"the checkpoint of step {step} in {self._directory} is written, but one before it cannot be deleted, "
+                f"and takes space ({type(error).__name__}: {error})",
+                stacklevel=2,
+            )
 
     @contextlib.contextmanager
     def _explained(self, step: int) -> Iterator[None]:
@@ -211,34 +222,56 @@ def restore(directory: Path, step: int, like, *, at: str = ""):
     folder = _absolute(directory) / f"{step}"
     if not folder.is_dir():
         raise ValueError(f"{folder} does not exist; the steps that can be restored there are {all_steps(directory)}.")
-    try:
-        manifest = {path: _Leaf(**leaf) for path, leaf in files.read_json(folder / MANIFEST).items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise DamagedError(f"checkpoint {folder} is damaged: {error}") from error
+    with _agreed(folder):
+        try:
+            manifest = {path: _Leaf(**leaf) for path, leaf in files.read_json(folder / MANIFEST).items()}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise DamagedError(f"checkpoint {folder} is damaged: {error}") from error
     prefix = f"{at}/" if at else ""
     wanted = {(prefix + path).rstrip("/"): x for path, x in _flatten(like).items()}
     _compare(folder, {k: v for k, v in manifest.items() if k == at or k.startswith(prefix)}, wanted)
     abstract = {path: _abstract(path, x) for path, x in wanted.items()}
-    try:
-        with _context():
-            arrays = ocp.load(folder / ARRAYS, abstract)
-    except jax.errors.JaxRuntimeError:
-        raise  # such as a device that is out of memory
-    except Exception as error:
-        raise DamagedError(f"checkpoint {folder} is damaged: {type(error).__name__}: {error}") from error
-    changed = [path for path, x in arrays.items() if _has_changed(x, manifest[path])]
-    if changed:
-        raise DamagedError(f"checkpoint {folder} is damaged: the bytes of these leaves have changed: {_lines(changed)}")
+    with _agreed(folder):
+        try:
+            with _context(alone=True):
+                arrays = ocp.load(folder / ARRAYS, abstract)
+        except jax.errors.JaxRuntimeError:
+            raise  # such as a device that is out of memory
+        except Exception as error:
+            raise DamagedError(f"checkpoint {folder} is damaged: {type(error).__name__}: {error}") from error
+    with _agreed(folder):
+        changed = [path for path, x in arrays.items() if _has_changed(x, manifest[path])]
+        if changed:
+            raise DamagedError(
+                f"checkpoint {folder} is damaged: the bytes of these leaves have changed: {_lines(changed)}"
+            )
     leaves = [_like(arrays[path], x) for path, x in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def restore_latest(directory: Path, like) -> tuple[int, object] | None:
+@contextlib.contextmanager
+def _agreed(folder: Path) -> Iterator[None]:
+    """What one process finds damaged, which alone reads a part of it, is so for all: they go on from the same step."""
+    problem = None
+    try:
+        yield
+    except DamagedError as error:
+        problem = error
+    found = processes.where(problem is not None)
+    if problem is not None:
+        raise problem
+    if found:
+        raise DamagedError(f"checkpoint {folder} is damaged: see what process {found[0]} says")
+
+
+def restore_latest(directory: Path, like, *, donate: bool = False) -> tuple[int, object] | None:
     """`restore` of the newest checkpoint that is not damaged; warns about the damaged ones on the way.
 
     Args:
       directory: as in `save`.
       like: as in `restore`.
+      donate: where there is a checkpoint, gives the memory of `like`'s arrays back before it is read: with both at once
+        a state might not go on where it was trained.
 
     Returns:
       (step, tree), or None where there is no checkpoint at all.
@@ -247,7 +280,8 @@ def restore_latest(directory: Path, like) -> tuple[int, object] | None:
       ValueError: where the newest checkpoint is whole but holds other leaves than `like` (see `restore`), and where
         there are checkpoints and all are damaged: to start anew in silence would overwrite them.
     """
-    steps = all_steps(directory)
+    steps = processes.on_first(lambda: all_steps(directory))
+    like = _freed(like) if donate and steps else like
     for step in reversed(steps):
         try:
             return step, restore(directory, step, like)
@@ -275,8 +309,12 @@ def _plain(leaf: _Leaf) -> dict:
     return {name: value for name, value in dataclasses.asdict(leaf).items() if name != "sum32" or value is not None}
 
 
-def _context() -> ocp.Context:
+def _context(alone: bool = False) -> ocp.Context:
+    """`alone`: a process reads its part without waiting for others, who might have failed."""
     context = ocp.Context()
+    if alone and processes.are_several():
+        context.multiprocessing_options.primary_host = jax.process_index()
+        context.multiprocessing_options.active_processes = {jax.process_index()}
     context.array_options.saving.use_compression = False  # weights hardly shrink, and zstd costs a third of a save
     context.pytree_options.loading.partial_load = True  # the manifest was compared before
     return context
@@ -385,6 +423,19 @@ def _abstract(path: str, x):
             raise ValueError(f"{path} has a sharding on an abstract mesh and no mesh is set: call jax.set_mesh(mesh).")
         sharding = jax.sharding.NamedSharding(mesh, sharding.spec)
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _freed(tree):
+    """What is asked for in the place of a tree whose arrays are deleted."""
+
+    def one(x):
+        if not isinstance(x, jax.Array):
+            return x
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding if x.committed else None)
+        x.delete()
+        return shape
+
+    return jax.tree.map(one, tree)
 
 
 def _like(array, x):

@@ -121,6 +121,13 @@ def on_first(function: Callable[[], Any]) -> Any:
     return said["value"]
 
 
+def where(is_so: bool) -> list[int]:
+    """Numbers of the processes in which it is so, in all of them."""
+    if not are_several():
+        return [0] if is_so else []
+    return np.flatnonzero(multihost_utils.process_allgather(np.int32(is_so))).tolist()
+
+
 def _broadcast(message: bytes) -> bytes:
     """The bytes of the first process."""
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(message))))
@@ -162,9 +169,7 @@ def small_files_of(root: Path) -> Path:
     mark = root / ".shared"
     name = on_first(lambda: _make_mark(mark))
     seen = mark.is_file() and mark.read_text(encoding="utf-8") == name
-    everywhere = multihost_utils.process_allgather(np.int32(seen))
-    if not np.all(everywhere):
-        blind = ", ".join(str(i) for i, s in enumerate(np.ravel(everywhere)) if not s)
+    if blind := ", ".join(map(str, where(not seen))):
         raise ValueError(
             f"processes {blind} do not see the --workdir={root} of process 0: name a folder that all hosts share, such "
             "as one on NFS or a bucket that is mounted on all of them"
@@ -238,11 +243,14 @@ def listing(root: Path) -> Listing:
 def push(root: Path, bucket: Path, known: Listing) -> Listing:
     """Brings files that have changed since `known` was their listing into a bucket, and deletes there what is gone.
 
+    The marks of stages that are done come last: after a kill in between, a stage runs again whose files are not there.
+
     Returns:
       The listing now.
     """
     found = listing(root)
-    for name in (name for name in found if known.get(name) != found[name]):
+    changed = (name for name in found if known.get(name) != found[name])
+    for name in sorted(changed, key=lambda name: name.startswith("stages/")):
         target = bucket / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes((root / name).read_bytes())

@@ -280,7 +280,7 @@ def ppo_work(sizes: ModelConfig, rows: int, prompt: int, new: int, epochs: int, 
     settings = PPOConfig(rollout_size=rows, num_epochs=epochs, num_minibatches=minibatches)
     module, scorer, made = Transformer(sizes), ScalarModel(sizes), optimizer()
     score = lambda params, rollout, _: ppo.rollout_scores(scorer, params, rollout)  # noqa: E731
-    collect, update = ppo.make_ppo(
+    sample, judge, update = ppo.make_ppo(
         module, Transformer(sizes, sharding.DECODE_RULES), scorer, score, made, made, settings,
         max_new_tokens=new, eos_id=NEVER,
     )  # fmt: skip
@@ -294,15 +294,18 @@ def ppo_work(sizes: ModelConfig, rows: int, prompt: int, new: int, epochs: int, 
         batch_at = lambda i: sharding.shard_batch(  # noqa: E731
             ppo.RLBatch(PromptBatch(random_tokens(sizes, i, rows, prompt), lengths))
         )
-        collected = compile(collect, state, reference, reward, batch_at(0), key)
-        experience, _, statistics, values = jax.eval_shape(collect, state, reference, reward, batch_at(0), key)
+        batch = batch_at(0)
+        rollout = jax.eval_shape(sample, state, batch, key)
+        experience, _, statistics, values = jax.eval_shape(judge, state, reference, reward, batch, rollout)
+        sampled = compile(sample, state, batch, key)
+        judged = compile(judge, state, reference, reward, batch, rollout)
         updated = compile(update, state, experience, statistics, values["kl"][0], key)
 
         def call(i: int):
             nonlocal state
-            experience, _, statistics, values = collected(state, reference, reward, batch_at(i), key)
-            kl = values["kl"][0] / values["kl"][1]
-            state, more = updated(state, experience, statistics, kl, key)
+            batch = batch_at(i)
+            experience, _, statistics, values = judged(state, reference, reward, batch, sampled(state, batch, key))
+            state, more = updated(state, experience, statistics, values["kl"][0] / values["kl"][1], key)
             return metrics.reduce(values | more)
 
         return call

@@ -1,10 +1,11 @@
 """One process of several on one machine: every learner on a 2 x 2 mesh of CPU devices.
 
-    python tests/many_processes.py FOLDER DEVICES [die | stop]
+    python tests/many_processes.py FOLDER DEVICES [die | stop | pause | damage]
 
 DEVICES are those of this process; the others are named by the variables of `pit_jax.processes`. The first process
 writes FOLDER/numbers.json; all save and restore FOLDER/checkpoints. With `die` the last process is killed in between;
-with `stop` there is a training of many short steps alone, in which the last process gets SIGTERM.
+with `stop` there is a training of many short steps alone, in which the last process gets SIGTERM; with `pause` work
+without a step, in which it does; with `damage` the part of the newest checkpoint that it alone reads is lost.
 """
 
 import os
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pit_jax import checkpoint, cli, files, metrics, processes, sharding, train_state
+from pit_jax import checkpoint, cli, files, interrupts, metrics, processes, sharding, train_state
 from pit_jax.config import LoraConfig, ModelConfig, PPOConfig
 from pit_jax.data import batches, pairs
 from pit_jax.learners import dpo, loop, ppo, reward_model, sft
@@ -115,6 +116,33 @@ def train(folder: Path) -> None:
         )  # fmt: skip
 
 
+def pause() -> None:
+    """What a stage does that samples or asks: 200 pieces, in the fifth of which the last process gets SIGTERM."""
+    for piece in range(200):
+        interrupts.check()
+        time.sleep(0.05)
+        if piece == 5 and jax.process_index() == jax.process_count() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+    print("to the end")
+
+
+def damage(folder: Path) -> None:
+    """Two checkpoints of an array that lies on all devices; of the newer one the last process loses its part."""
+    with jax.set_mesh(sharding.make_mesh(4, 1)):
+        rows = sharding.shard_batch(np.random.default_rng(0).normal(size=(4, 50_000)).astype(np.float32))
+        for step in (1, 2):
+            checkpoint.save(folder / "steps", step, {"x": rows * step})
+        last = jax.process_count() - 1
+        if jax.process_index() == last:
+            for file in (folder / "steps" / "2" / "arrays").rglob(f"ocdbt.process_{last}/d/*"):
+                file.write_bytes(b"")
+        processes.wait("damaged")
+        step, state = checkpoint.restore_latest(folder / "steps", {"x": rows})
+        assert np.array_equal(sharding.to_host(state["x"]), sharding.to_host(rows))
+        checkpoint.save(folder / "steps", 3, state)  # and all are in step
+        print(f"went on from {step}", file=sys.stderr)
+
+
 def pairs_of(count: int) -> list[pairs.Pair]:
     """Pairs of answers to a prompt."""
     return list(zip(rows(count, 2, 5, 4), rows(count, 1, 6, 5), rows(count, 1, 6, 6), strict=True))
@@ -140,9 +168,13 @@ if __name__ == "__main__":
     from absl import flags
 
     flags.FLAGS([sys.argv[0]])
-    with cli.one_line_errors():
+    with cli.one_line_errors("the same command goes on"):
         processes.start()
         if sys.argv[3:] == ["stop"]:
             train(Path(sys.argv[1]))
+        elif sys.argv[3:] == ["damage"]:
+            damage(Path(sys.argv[1]))
+        elif sys.argv[3:] == ["pause"]:
+            pause()
         else:
             main(Path(sys.argv[1]), sys.argv[3:] == ["die"])

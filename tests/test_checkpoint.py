@@ -380,8 +380,24 @@ except checkpoint.SaveError as error:
     np.testing.assert_array_equal(checkpoint.restore(tmp_path, 3, {"x": np.zeros(10)})["x"], np.ones(10))
 
 
-def test_in_a_bucket_the_manifest_makes_a_checkpoint(bucket):
+@pytest.mark.parametrize("where", ["folder", "bucket"])
+def test_a_checkpoint_is_written_where_one_before_it_cannot_be_deleted(where, tmp_path, request, monkeypatch):
+    folder = request.getfixturevalue("bucket") if where == "bucket" else tmp_path / "folder"
+    checkpoint.save(folder, 1, {"x": np.full(3, 1.0)})
 
+    def refuse(*_):
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(checkpoint, "delete", refuse)
+    if where == "bucket":  # which deletes what a kill has left of the step
+        monkeypatch.setattr(checkpoint, "delete", lambda _, step: step == 2 or refuse())
+    with pytest.warns(UserWarning, match="step 2 .* is written, but one before it cannot be deleted.*not yours"):
+        checkpoint.save(folder, 2, {"x": np.full(3, 2.0)}, keep=1)
+    assert checkpoint.all_steps(folder) == [1, 2]
+    assert checkpoint.restore(folder, 2, {"x": np.zeros(3)})["x"].tolist() == [2.0] * 3
+
+
+def test_in_a_bucket_the_manifest_makes_a_checkpoint(bucket):
     for step in (1, 2, 3):
         checkpoint.save(bucket, step, {"x": np.full(4, float(step))}, keep=2)
     assert checkpoint.all_steps(bucket) == [2, 3] and not (bucket / "1").exists()

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from pit_jax import checkpoint
 from pit_jax.learners import loop
 from pit_jax.metrics import MetricsWriter
 
@@ -41,6 +42,30 @@ def test_a_trace_is_written(tmp_path, num_steps):
     assert float(train(tmp_path, num_steps, profile=2)) == sum(range(num_steps))
     traces = list((tmp_path / "profile" / "s").rglob("*.xplane.pb"))
     assert len(traces) == 1 and traces[0].stat().st_size > 1000
+
+
+def test_a_state_and_the_one_that_is_read_are_not_held_together(tmp_path, monkeypatch):
+    """What fits while it trains must fit when it goes on: 1,000 numbers, not 2,000."""
+    step = jax.jit(
+        lambda state, batch: ({"x": state["x"] + batch}, {"loss": (batch, jnp.float32(1.0))}), donate_argnums=0
+    )
+
+    def train(num_steps):
+        return loop.run(
+            {"x": jnp.zeros(1000)}, stage="s", num_steps=num_steps, batch_at=jnp.float32, train_step=step,
+            directory=tmp_path / "checkpoints", writer=MetricsWriter(tmp_path), save_every=100,
+        )  # fmt: skip
+
+    held, load = [], checkpoint.ocp.load
+
+    def loading(*args):
+        held.append(sum(x.size for x in jax.live_arrays() if x.shape == (1000,)))
+        return load(*args)
+
+    assert float(train(2)["x"][0]) == 1.0
+    monkeypatch.setattr(checkpoint.ocp, "load", loading)
+    assert float(train(4)["x"][0]) == 6.0
+    assert held == [0]
 
 
 def test_without_profile_there_is_none(tmp_path):

@@ -134,6 +134,21 @@ def test_sigterm_to_one_stops_all_after_the_same_step(tmp_path):
     assert f"step {step} of 200 is saved" in printed[0] and f"step {step} of 200 is saved" in printed[1]
 
 
+def test_sigterm_to_one_stops_all_where_no_step_runs(tmp_path):
+    statuses, printed = finish(launch(tmp_path, 2, "pause"), tmp_path, 120)
+    assert statuses == [interrupts.RESTART] * 2, "\n".join(printed)[-3000:]
+    assert all("what is done so far is on disk" in text and "to the end" not in text for text in printed)
+
+
+def test_a_part_that_one_process_cannot_read_is_damage_for_all(tmp_path):
+    """They go on from the checkpoint before it, together and at once."""
+    since = time.monotonic()
+    statuses, printed = finish(launch(tmp_path, 2, "damage"), tmp_path, 150)
+    assert statuses == [0, 0], "\n".join(printed)[-3000:]
+    assert all("went on from 1" in text for text in printed) and time.monotonic() - since < 120
+    assert "2 is damaged: see what process 1 says" in printed[0] and "2 is damaged" in printed[1]
+
+
 def test_variables_that_name_no_run_are_errors():
     first, count, index = processes.EXPLICIT
     with pytest.raises(ValueError, match=f"{first} need {count}, {index}"):

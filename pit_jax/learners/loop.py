@@ -79,7 +79,7 @@ def run(
       NonFiniteError: at the first step whose metrics are not finite; the checkpoint before it stays.
       Interrupted: after SIGTERM or Ctrl-C, when the step that ran is saved.
     """
-    restored = checkpoint.restore_latest(directory, train_state.saved_part(state))
+    restored = checkpoint.restore_latest(directory, train_state.saved_part(state), donate=True)
     start = 0
     if restored is not None:
         start, state = restored[0], train_state.restored(restored[1], state)
