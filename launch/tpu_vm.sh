@@ -154,7 +154,7 @@ keep() {
     state="$("${STATE[@]}")" || state=unknown
     case "$state" in
       "") create ;;
-      SUSPENDED) delete ;; # taken away: a slice like it is asked for in the next round
+      SUSPENDED) delete || failures=$((failures + 1)) ;; # taken away: the next round asks for one like it
       FAILED) given_up "$state" ;;
       ACTIVE) said="$(status)" || true ;;
     esac

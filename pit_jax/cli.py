@@ -38,7 +38,8 @@ def one_line_errors(stopped: str = "") -> Iterator[None]:
       stopped: printed at Ctrl-C: how to go on.
     """
     try:
-        yield
+        with interrupts.raised() if stopped else contextlib.nullcontext():
+            yield
     except MISTAKES as error:
         if flags.FLAGS["v"].value > 0:
             raise
@@ -58,6 +59,9 @@ def one_line_errors(stopped: str = "") -> Iterator[None]:
     except interrupts.Interrupted as error:
         print(f"{error}{stopped and '; '}{stopped}", file=sys.stderr)
         sys.exit(interrupts.RESTART if error.number == signal.SIGTERM else 130)
+    except interrupts.Terminated:
+        print(f"\nSIGTERM; {stopped}", file=sys.stderr)
+        sys.exit(interrupts.RESTART)
     except KeyboardInterrupt:
         print(f"\nstopped{stopped and '; '}{stopped}", file=sys.stderr)
         sys.exit(130)

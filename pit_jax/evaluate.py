@@ -153,7 +153,8 @@ def main(argv: list[str]) -> None:
             common.load_data(context, ("rm", "selection", "test"))
             run.add_verdicts(context.workdir.root, _VERDICTS.value)
             evaluation = run.Evaluation(system, context, options, judges_of_flags(system, context))
-            run.write(evaluation, " ".join(["python -m pit_jax.evaluate", *sys.argv[1:]]))
+            with context.workdir.pushed_now_and_then():
+                run.write(evaluation, " ".join(["python -m pit_jax.evaluate", *sys.argv[1:]]))
             if _SHEET.value:
                 print(f"A sheet for annotators: {run.write_sheet(evaluation, _SHEET.value, _SHEET_SIZE.value)}")
         context.workdir.push()

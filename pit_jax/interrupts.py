@@ -1,4 +1,7 @@
-"""SIGTERM, which a machine gets before it is taken away, and Ctrl-C: the step that runs is finished and saved."""
+"""SIGTERM, which a machine gets before it is taken away, and Ctrl-C: a step that runs is finished and saved.
+
+Where none runs, as in stages that sample, ask critics or evaluate, a run ends at once, with what is on disk.
+"""
 
 import contextlib
 import itertools
@@ -28,6 +31,49 @@ class Interrupted(Exception):
     def __init__(self, number: int, message: str):
         super().__init__(message)
         self.number = number
+
+
+class Terminated(SystemExit):
+    """SIGTERM outside of `deferred`. Like Ctrl-C it is no Exception, which somebody might take for a fault."""
+
+
+def _terminate(number, frame):
+    del number, frame
+    raise Terminated(RESTART)
+
+
+@contextlib.contextmanager
+def raised() -> Iterator[None]:
+    """Within it SIGTERM raises Terminated, unless it is ignored. Outside of the main thread nothing changes."""
+    before = None
+    if threading.current_thread() is threading.main_thread():
+        before = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
+        if before is not signal.SIG_IGN:
+            signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def take_back() -> None:
+    """Where `raised` is in force, and a library has taken SIGTERM since, as libtpu does when it finds a TPU.
+
+    With many processes JAX has to have it, which tells the others.
+    """
+    if not processes.are_several() and signal.getsignal(signal.SIGTERM) is _terminate:
+        signal.signal(signal.SIGTERM, _terminate)
+
+
+def check() -> None:
+    """With many processes, ends all of them where one has got SIGTERM: called by all, where no step of a loop runs.
+
+    Raises:
+      Interrupted: then.
+    """
+    if processes.are_several() and multihost_utils.reached_preemption_sync_point(next(_asked)):
+        raise Interrupted(signal.SIGTERM, "SIGTERM: what is done so far is on disk")
 
 
 @contextlib.contextmanager

@@ -1,8 +1,11 @@
 """SIGTERM and Ctrl-C: the step that runs is saved, and the run goes on bitwise."""
 
 import signal
+import subprocess
+import sys
 import threading
 
+import commands
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -65,6 +68,39 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, {1: [signal.SIGINT, signal.SIGINT]})
     assert not (tmp_path / "checkpoints").exists()
+
+
+PROGRAM = """
+import sys, time
+from absl import flags
+from pit_jax import cli, interrupts
+flags.FLAGS(sys.argv[:1])
+with cli.one_line_errors("the same command goes on"):
+    interrupts.take_back()
+    try:
+        print("here", flush=True)
+        time.sleep(60)
+    finally:
+        print("tidied", flush=True)
+"""
+
+
+def test_sigterm_where_no_step_runs_ends_with_the_status_of_a_restart():
+    """As while a stage samples, asks a critic or evaluates: launchers start it again."""
+    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": commands.ROOT}
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM], env=commands.environment(), **settings)
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGTERM)
+    printed, errors = process.communicate(timeout=60)
+    assert (process.returncode, printed) == (interrupts.RESTART, "tidied\n"), errors
+    assert errors.strip() == "SIGTERM; the same command goes on"
+
+
+def test_a_second_sigterm_is_a_restart_too(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(interrupts.Terminated) as ended, interrupts.raised():
+        train(tmp_path, {1: [signal.SIGTERM, signal.SIGTERM]})
+    assert ended.value.code == interrupts.RESTART and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_what_is_ignored_stays_so(tmp_path):

@@ -364,6 +364,16 @@ def test_keep_asks_for_a_slice_once_where_there_is_no_quota(fakes):
     assert "The slice was not asked for" in result.stderr
 
 
+@pytest.mark.parametrize(("refusals", "status", "deletions"), [(1, 0, 2), (9, 1, 4)])
+def test_keep_tries_again_where_a_slice_is_not_deleted(fakes, refusals, status, deletions):
+    """Once, as without network for a moment, or for good."""
+    states = ["SUSPENDED"] * (refusals + 1) + ["ACTIVE"]
+    does = 'echo >>"$FAKES/tried"; [ "$(wc -l <"$FAKES/tried")" -gt ' + f"{refusals} ] || exit 1"
+    cloud(fakes, states, ["pit_jax: ended 0"], more=f'*"queued-resources delete"*) {does} ;;')
+    result = launch("tpu_vm.sh", "keep", *TRAIN, fakes=fakes, **SLICE, POLL="0")
+    assert (result.returncode, kinds(fakes)) == (status, ["delete"] * deletions), result.stderr
+
+
 @needs_git
 def test_keep_ends_where_the_installation_fails_each_time(fakes):
     cloud(fakes, ["ACTIVE"], ["pit_jax: absent"], more='*" scp "*) exit 1 ;;')

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pit_jax.config import PitConfig
+from pit_jax.pipelines import stages
 from pit_jax.pipelines.stages import Candidates, Workdir, choose_by_kl_bin, run_stage
 
 
@@ -239,6 +242,33 @@ def test_a_workdir_in_a_bucket(bucket):
     assert "discarding.json" not in there and "metrics.jsonl" in there
     again.candidates("r_p").clear()
     assert not list(Path(str(bucket)).rglob("candidates/r_p/5"))
+
+
+def test_what_a_long_stage_has_so_far_gets_into_the_bucket(bucket, monkeypatch):
+    """Replies that were paid for, before the stage is done."""
+    monkeypatch.setattr(stages, "PUSH_SECONDS", 0.01)
+    workdir = Workdir(bucket / "run", PitConfig())
+
+    def ask():
+        (workdir.root / "feedback").mkdir()
+        (workdir.root / "feedback" / "calls.jsonl").write_text("{}\n")
+        for _ in range(1000):
+            if (bucket / "run" / "feedback" / "calls.jsonl").is_file():
+                return {"steps": 0}
+            time.sleep(0.01)
+        raise AssertionError("nothing came")
+
+    run_stage(workdir, "critic_feedback", ask)
+    assert not [thread for thread in threading.enumerate() if thread.name == "push"]
+
+
+def test_the_mark_of_a_stage_comes_into_a_bucket_behind_its_files(bucket, monkeypatch):
+    """A kill between the two would leave a stage that is done and whose tables are nowhere."""
+    workdir, written, write = Workdir(bucket / "run", PitConfig()), [], type(bucket).write_bytes
+    monkeypatch.setattr(type(bucket), "write_bytes", lambda self, data: written.append(self.name) or write(self, data))
+    (workdir.root / "tables.txt").write_text("Table 1")
+    workdir.finish("evaluate", {"arms": []})
+    assert written == ["tables.txt", "evaluate.json"]
 
 
 def test_another_mesh_is_no_other_config(tmp_path):

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pit_jax import interrupts
 from pit_jax.files import read_json, write_json_atomic, write_text_atomic
 from pit_jax.pipelines.improve import Step
 
@@ -76,6 +77,7 @@ def answers(
         found = read_answers(path, name)
         if found.spec == spec:
             return found
+    interrupts.check()
     started = time.perf_counter()
     steps = list(make())
     seconds = time.perf_counter() - started

@@ -15,7 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pit_jax import checkpoint, config as config_lib, files, optimizers, processes, sampling, sharding, train_state
+from pit_jax import (
+    checkpoint,
+    config as config_lib,
+    files,
+    interrupts,
+    optimizers,
+    processes,
+    sampling,
+    sharding,
+    train_state,
+)
 from pit_jax.config import ModelConfig, SamplingConfig, SFTConfig
 from pit_jax.data import (
     batches,
@@ -757,6 +767,7 @@ def run(
     context = Context(config, workdir, MetricsWriter(workdir.root, workdir.push), command)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
     check_layout(config, mesh.shape)
+    interrupts.take_back()
     with jax.set_mesh(mesh):
         evaluated = workdir.done("evaluate")
         if evaluated and set(config.arms) - set(evaluated["arms"]):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from pit_jax import client, processes
+from pit_jax import client, interrupts, processes
 from pit_jax.config import CriticConfig, SamplingConfig
 from pit_jax.data import feedback as feedback_lib, synthetic_critic
 from pit_jax.data.feedback import Feedback, Form
@@ -240,6 +240,7 @@ def stored(critic: Critic, journal: Journal, chunk: int) -> Critic:
         key = lambda r: (name, r.number, r.response)  # noqa: E731
         todo = [r for r in requests if key(r) not in known]
         for start in range(0, len(todo), chunk):
+            interrupts.check()
             part = todo[start : start + chunk]
             replies = getattr(critic, name)(part)
             lines = []

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pit_jax import checkpoint, optimizers, processes, train_state
+from pit_jax import checkpoint, interrupts, optimizers, processes, train_state
 from pit_jax.config import FeedbackConfig, SamplingConfig, SrtConfig
 from pit_jax.data import batches, feedback as feedback_lib, pairs, synthetic_critic
 from pit_jax.data.feedback import MAX_SCORE, PARTS, Feedback, Form
@@ -363,6 +363,7 @@ def _first_answers(
     known = {line["row"]: tuple(line["ids"]) for line in journal.lines if line["ask"] == "answer"}
     todo = [i for i in numbers if i not in known]
     for start in range(0, len(todo), size):
+        interrupts.check()
         part = todo[start : start + size]
         written = {i: step.ids for i, step in zip(part, answer(part), strict=True)}
         journal.add(*({"ask": "answer", "row": i, "ids": list(ids)} for i, ids in written.items()))

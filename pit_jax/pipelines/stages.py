@@ -13,16 +13,18 @@ samples/                    what the models write
 results.json                every number of the tables
 """
 
+import contextlib
 import hashlib
 import json
 import re
 import shutil
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pit_jax import checkpoint, config as config_lib, files, processes
+from pit_jax import checkpoint, config as config_lib, files, interrupts, processes
 from pit_jax.files import read_json, write_json_atomic
 from pit_jax.types import Params
 
@@ -34,6 +36,8 @@ ADAPTERS = "adapters.json"
 
 DISCARDING = "discarding.json"
 """Stages whose deletion has begun."""
+
+PUSH_SECONDS = 60
 
 _OPTIONAL = re.compile(r"(?:rl_pit|self_feedback|dpo)_\d+|arm_[a-z_]+")
 """Stages that one config has and another of the same system has not."""
@@ -102,7 +106,29 @@ class Workdir:
     def push(self) -> None:
         """Brings small files that have changed to where others find them, if that is not where they are."""
         if files.is_remote(self.shared) and processes.is_first():
-            self._pushed = processes.push(self.root, self.shared, self._pushed)
+            with self._pushing:
+                self._pushed = processes.push(self.root, self.shared, self._pushed)
+
+    @contextlib.contextmanager
+    def pushed_now_and_then(self) -> Iterator[None]:
+        """Within it `push` also runs once a minute: answers and replies that were paid for outlive this machine."""
+        if not files.is_remote(self.shared):
+            yield
+            return
+        over = threading.Event()
+
+        def push():
+            while not over.wait(PUSH_SECONDS):
+                with contextlib.suppress(Exception):  # a file is gone by now, or the next push says what is wrong
+                    self.push()
+
+        thread = threading.Thread(target=push, name="push", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     @classmethod
     def of(cls, root: str | Path, writes: bool = False) -> "Workdir":
@@ -116,6 +142,7 @@ class Workdir:
     def _open(self) -> None:
         self.root = processes.small_files_of(self.shared)
         self._pushed = processes.listing(self.root) if files.is_remote(self.shared) else {}
+        self._pushing = threading.Lock()
 
     def _holds_work(self) -> bool:
         """Whether a stage is done or has saved a state: a start that failed before that binds nobody."""
@@ -304,12 +331,14 @@ def run_stage(workdir: Workdir, stage: str, function: Callable[[], dict]) -> dic
     if record is not None:
         print(f"{stage}: done", flush=True)
         return record
+    interrupts.check()
     print(f"{stage}:", flush=True)
     clock_path = workdir.root / "stages" / f"{stage}.seconds.json"
     before = json.loads(clock_path.read_text()) if clock_path.exists() else 0.0
     started = time.perf_counter()
     try:
-        record = function()
+        with workdir.pushed_now_and_then():
+            record = function()
     finally:
         write_json_atomic(clock_path, before + time.perf_counter() - started)
     record = {**record, "seconds": before + time.perf_counter() - started}
