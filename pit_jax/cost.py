@@ -241,6 +241,7 @@ def traffic(text: str, while_trips: int = 1) -> Traffic:
     def visit(name: str, times: int) -> None:
         nonlocal total
         types = {op.name: op.type for op in computations[name]}
+        begun: set[str] = set()
         for op in computations[name]:
             if op.kind == "while":
                 visit(_called(op, "body"), times * trip_count(op, computations, while_trips))
@@ -250,8 +251,11 @@ def traffic(text: str, while_trips: int = 1) -> Traffic:
                         visit(branch, times)
             elif op.kind in ("call", "async-start"):
                 visit(_called(op, "to_apply") or _called(op, "calls"), times)
-            for kind, size, group in _exchanges(op, types, computations):
-                if group > 1:
+            for kind, size, group, channel in _exchanges(op, types, computations):
+                # One that goes on beside other work is in the fusions that begin it, go on with it and end it.
+                is_new = not channel or channel not in begun
+                begun.add(channel)
+                if group > 1 and is_new:
                     entry_of = found.setdefault((kind, group), [0, 0])
                     entry_of[0] += times * size
                     entry_of[1] += times
@@ -262,16 +266,24 @@ def traffic(text: str, while_trips: int = 1) -> Traffic:
     return Traffic(total, sorted(collectives, key=lambda c: -c.bytes))
 
 
-def _exchanges(op: Op, types: dict[str, str], computations: Computations) -> Iterator[tuple[str, int, int]]:
-    """(kind, bytes of the whole array, devices of a group) of an operation that is a collective, or a fusion of one."""
+def _exchanges(op: Op, types: dict[str, str], computations: Computations) -> Iterator[tuple[str, int, int, str]]:
+    """(kind, bytes of the whole array, devices of a group, channel of one in a fusion) of each collective of an
+    operation."""
     kind = op.kind.removesuffix("-start")
-    if op.kind == "fusion" and _called(op, "calls").startswith("all-reduce-scatter"):
-        inner = next(o for o in computations[_called(op, "calls")] if o.kind == "all-reduce")
-        yield "reduce-scatter", num_bytes(inner.type), _group(inner)
+    if op.kind == "fusion":
+        name = _called(op, "calls")
+        inside = computations.get(name, [])
+        of_inside = {o.name: o.type for o in inside}
+        for o in inside:
+            if o.kind in COLLECTIVES:
+                kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else o.kind
+                size = max(num_bytes(o.type), sum(num_bytes(of_inside.get(x, "")) for x in o.operands))
+                channel = re.search(r"channel_id=(\d+)", o.attributes)
+                yield kind, size, _group(o), channel[1] if channel else ""
     elif kind in COLLECTIVES and not op.kind.endswith("-done"):
         read = sum(num_bytes(types.get(name, "")) for name in op.operands)
         written = num_bytes(op.type) - (read if op.kind.endswith("-start") and op.type.startswith("(") else 0)
-        yield kind, max(read, written), _group(op)
+        yield kind, max(read, written), _group(op), ""
 
 
 def _group(op: Op) -> int:
@@ -319,9 +331,17 @@ def _fusion_bytes(op: Op, types: dict[str, str], computations: Computations) -> 
         return o
 
     root = next((o for o in inside.values() if o.is_root), op)
-    results = [inside[name] for name in root.operands] if root.kind == "tuple" else [root]
+    arrays = list(_ARRAY.finditer(op.type))
+    results = [inside[name] for name in root.operands] if root.kind == "tuple" else [root] * len(arrays)
     total, updated = 0, set()
-    for array, result in zip(_ARRAY.finditer(op.type), map(source, results), strict=False):
+    passed: dict[int, int] = {}  # what a part of a collective hands on to the next part: result -> operand
+    if any(o.kind in COLLECTIVES for o in inside.values()):
+        found = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", op.attributes)
+        pairs = re.findall(r"\{(\d*)\}: \((\d+),", found[1]) if found else []
+        passed = {int(result or 0): int(operand) for result, operand in pairs}
+    for number, (array, result) in enumerate(zip(arrays, map(source, results), strict=False)):
+        if number in passed:
+            continue
         is_update = result.kind == "dynamic-update-slice"
         if is_update:
             updated.add(source(inside[result.operands[0]]).name)
@@ -330,7 +350,7 @@ def _fusion_bytes(op: Op, types: dict[str, str], computations: Computations) -> 
     parameters = {int(o.arguments): o.name for o in inside.values() if o.kind == "parameter"}
     for i, name in enumerate(op.operands):
         size, parameter = num_bytes(types.get(name, ""), is_in_hbm), parameters.get(i, "")
-        if parameter in updated:
+        if parameter in updated or i in passed.values():
             size = 0
         elif size:
             size = min(size, _bytes_read(parameter, size, inside, computations))

@@ -216,6 +216,49 @@ ENTRY %main (w: f32[6,8,4], n: s32[], y: f32[2,8]) -> f32[2,4] {
     assert cost.traffic(text.replace("OTHER(%x, %layer", "custom(%x, %layer, %same")).hbm_bytes == 6 * layer + rest
 
 
+def test_a_collective_beside_other_work_is_one():
+    """As v5e and v6e gather weights: begun, gone on with and ended in three fusions. Its result lies in main memory."""
+    text = """
+%begin (p: bf16[4,8]) -> (bf16[4,8], bf16[16,8], u32[]) {
+  %p = bf16[4,8]{1,0} parameter(0)
+  %g = bf16[16,8]{1,0} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %s = (bf16[4,8]{1,0}, bf16[16,8]{1,0}, u32[]{:S(2)}) custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}
+
+%go_on (q: bf16[4,8], r: bf16[16,8], x: f32[6]) -> (f32[6], bf16[4,8], bf16[16,8], bf16[16,8]) {
+  %q = bf16[4,8]{1,0} parameter(0)
+  %r = bf16[16,8]{1,0} parameter(1)
+  %x = f32[6]{0} parameter(2)
+  %g.1 = bf16[16,8]{1,0} all-gather(%q), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}
+  %y = f32[6]{0} negate(%x)
+  ROOT %t = (f32[6]{0}, bf16[4,8]{1,0}, bf16[16,8]{1,0}, bf16[16,8]{1,0}) tuple(%y, %q, %r, %g.1)
+}
+
+%end (u: bf16[4,8], v: bf16[16,8]) -> bf16[16,8] {
+  %u = bf16[4,8]{1,0} parameter(0)
+  %v = bf16[16,8]{1,0} parameter(1)
+  %g.2 = bf16[16,8]{1,0} all-gather(%u), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %d = bf16[16,8]{1,0} custom-call(%u, %v, %g.2), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (w: bf16[4,8], z: f32[6]) -> bf16[16,8] {
+  %w = bf16[4,8]{1,0} parameter(0)
+  %z = f32[6]{0} parameter(1)
+  %a = (bf16[4,8]{1,0}, bf16[16,8]{1,0}, u32[]{:S(2)}) fusion(%w), kind=kCustom, output_to_operand_aliasing={{0}: (0, {})}, calls=%begin
+  %a0 = bf16[4,8]{1,0} get-tuple-element(%a), index=0
+  %a1 = bf16[16,8]{1,0} get-tuple-element(%a), index=1
+  %b = (f32[6]{0}, bf16[4,8]{1,0}, bf16[16,8]{1,0}, bf16[16,8]{1,0}) fusion(%a0, %a1, %z), kind=kOutput, output_to_operand_aliasing={{1}: (0, {}), {2}: (1, {}), {3}: (1, {})}, calls=%go_on
+  %b1 = bf16[4,8]{1,0} get-tuple-element(%b), index=1
+  %b2 = bf16[16,8]{1,0} get-tuple-element(%b), index=2
+  ROOT %c = bf16[16,8]{1,0} fusion(%b1, %b2), kind=kCustom, output_to_operand_aliasing={{}: (1, {})}, calls=%end
+}
+"""  # noqa: E501
+    found = cost.traffic(text)
+    assert found.collectives == [cost.Collective("all-gather", 16 * 8 * 2, 1, 4)]
+    part, whole, beside = 4 * 8 * 2, 16 * 8 * 2, 6 * 4
+    assert found.hbm_bytes == part + whole + 2 * beside
+
+
 def test_what_a_ring_sends():
     """n - 1 of n parts; of a sum twice, as its parts go round as well."""
     sent = lambda kind: cost.Collective(kind, 400, 1, 4).bytes_sent  # noqa: E731
