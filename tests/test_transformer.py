@@ -259,7 +259,7 @@ def test_blocks_in_which_nobody_sees_anybody_are_left_out(monkeypatch):
     scores = attention._block_scores
     monkeypatch.setattr(attention, "_block_scores", counted)
     x, a, b = [1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]
-    rows = batches.score_rows([[x + a + b, x + a + a, x + b + b, x + b + a]])
+    rows = batches.score_rows([[x + a + b, x + a + a, x + b + b, x + b + a]], multiple=4)
     assert rows.tokens.shape == (1, 28)
     q, k, v = (np.random.default_rng(i).normal(size=(1, 28, 1, 2, 4)).astype(np.float32) for i in range(3))
     places = attention.Places(jnp.arange(28), *put(rows.members > 0, rows.positions, rows.members))
