@@ -126,6 +126,13 @@ def test_the_others_end_where_one_is_killed(tmp_path):
     assert "error in process 0" in printed[0] and "another process has ended" in printed[0].splitlines()[-1]
 
 
+def test_the_others_end_where_one_has_a_fault(tmp_path):
+    """At once, each with its reason; not by an abort."""
+    statuses, printed = finish(launch(tmp_path, 2, "fault"), tmp_path, 120)
+    assert statuses == [2, 1], "\n".join(printed)[-3000:]
+    assert printed[1].splitlines()[-1] == "TypeError: a fault" and "error in process 0" in printed[0]
+
+
 def test_sigterm_to_one_stops_all_after_the_same_step(tmp_path):
     statuses, printed = finish(launch(tmp_path, 2, "stop"), tmp_path, 120)
     assert statuses == [interrupts.RESTART] * 2, "\n".join(printed)[-3000:]
