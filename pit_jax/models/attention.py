@@ -378,7 +378,7 @@ STRIPES = 4
 def attention_in_stripes(
     q: Array, k: Array, v: Array, places: Places, reach: Array | None = None, block: int = 128, **kwargs
 ) -> Array:
-    """`attention` of a sequence to itself, blocks of queries at a time, those of each quarter of the queries as one loop.
+    """`attention` of a sequence to itself, blocks of queries at a time; those of each quarter are one loop.
 
     A compiler sees four blocks. All of a quarter attend to as many keys as its last one: 1.25 times the scores of the
     triangle, and nothing is decided while it runs. Scores are made again for the gradient.
