@@ -112,7 +112,8 @@ def ppo_iteration(shape):
         state = ppo.create(parameters(POLICY), parameters(SCORER), optimizer, optimizer, 0.1)
         ref = jax.tree.map(lambda x: x * 1.1, parameters(POLICY))
         before, key = jax.tree.map(jax.typeof, state), jax.random.key(0)
-        batch = sharding.shard_batch(ppo.RLBatch(batches.prompt_rows(rows(16, 1, 6), 6)))
+        prompts = [row for row in rows(4, 1, 6) for _ in range(settings.samples_per_prompt)]
+        batch = sharding.shard_batch(ppo.RLBatch(batches.prompt_rows(prompts, 6)))
         rollout = sample(state, batch, key)
         experience, raw, statistics, metrics = judge(state, ref, parameters(SCORER), batch, rollout)
         of_rows = jax.tree.leaves(jax.tree.map(lambda x: jax.typeof(x).sharding.spec[0], experience))
