@@ -157,7 +157,8 @@ def rl(policy, reward, found: dict) -> None:
     sample, judge, update = ppo.make_ppo(POLICY, DECODER, SCORER, score, sgd, sgd, settings, max_new_tokens=5, eos_id=2)
     ref, value = jax.tree.map(lambda x: x * 1.1, policy), jax.tree.map(lambda x: x * 0.9, reward)
     state = ppo.create(policy, value, sgd, sgd, 0.1)
-    batch = sharding.shard_batch(ppo.RLBatch(batches.prompt_rows(rows(8, 1, 6, 3), 6)))
+    prompts = [row for row in rows(4, 1, 6, 3) for _ in range(settings.samples_per_prompt)]
+    batch = sharding.shard_batch(ppo.RLBatch(batches.prompt_rows(prompts, 6)))
     key = jax.random.key(0)
     experience, raw, statistics, values = judge(state, ref, reward, batch, sample(state, batch, key))
     rollout = sharding.to_host(experience.rollout)

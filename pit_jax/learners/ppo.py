@@ -55,7 +55,7 @@ class RLBatch(NamedTuple):
     """Prompts of an iteration.
 
     Attributes:
-      prompts: what the policy continues.
+      prompts: what the policy continues; with `samples_per_prompt` n, each n times, one after the other.
       policy_prompts: the same x in the form of M_P, where the score is a difference of R_P; else None.
       references: ref_response behind `policy_prompts`, as a Rollout; else None.
     """
