@@ -61,6 +61,9 @@ def step_of(name):
         return POLICY, sft.make_train_step(POLICY, SGD, unlikelihood=0.5, num_targets=12, chunk_size=4), packed_batch()
     if name == "sft_accumulated":
         return POLICY, sft.make_train_step(POLICY, SGD, unlikelihood=0.5, accumulation=2), packed_batch()
+    if name == "sft_row_by_row":
+        step = sft.make_train_step(POLICY, SGD, unlikelihood=0.5, num_targets=12, chunk_size=4, accumulation=16)
+        return POLICY, step, packed_batch()
     if name == "r_pit":
         return SCORER, reward_model.make_train_step(SCORER, SGD, loss="gap"), groups(4)
     return SCORER, reward_model.make_train_step(SCORER, SGD, loss="gap", accumulation=2), groups(4)
@@ -92,9 +95,12 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(name, shape):
     assert_close(one_step(name, shape), (metrics, gradients))
 
 
-@pytest.mark.parametrize("name", ["sft", "r_pit"])
-def test_accumulation_on_a_mesh(name):
-    metrics, gradients = one_step(f"{name}_accumulated", (4, 2))
+@pytest.mark.parametrize(
+    ("name", "pieces", "shape"),
+    [("sft", "accumulated", (4, 2)), ("sft", "row_by_row", (1, 2)), ("r_pit", "accumulated", (4, 2))],
+)
+def test_accumulation_on_a_mesh(name, pieces, shape):
+    metrics, gradients = one_step(f"{name}_{pieces}", shape)
     expected, expected_gradients = one_step(name, MESHES[0])
     assert_close((metrics["loss"], gradients), (expected["loss"], expected_gradients))
 
