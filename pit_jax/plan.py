@@ -66,9 +66,11 @@ def main(argv: list[str]) -> None:
             )  # fmt: skip
         if _JSON.value:
             write_json_atomic(_JSON.value, found)
-        misfits = [row["name"] for row in found["programs"] if not row["fits"]]
-        if misfits:
-            raise ValueError(f"does not fit: {', '.join(misfits)}")
+        uncompiled = [row["name"] for row in found["programs"] if "refused" in row]
+        misfits = [row["name"] for row in found["programs"] if not row["fits"] and "refused" not in row]
+        ends = {"does not fit": misfits, "does not compile": uncompiled}
+        if any(ends.values()):
+            raise ValueError("; ".join(f"{words}: {', '.join(names)}" for words, names in ends.items() if names))
 
 
 if __name__ == "__main__":

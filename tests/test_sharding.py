@@ -221,11 +221,21 @@ def test_make_mesh():
     assert dict(sharding.make_mesh(model=2, devices=devices).shape) == {"data": 4, "model": 2}
     assert dict(sharding.make_mesh(devices=devices[:1]).shape) == {"data": 1, "model": 1}
     assert set(sharding.make_mesh().axis_types) == {jax.sharding.AxisType.Explicit}
-    for data, model, count in ((3, 2, 8), (0, 3, 8), (2, 2, 3)):
+    for data, model, count in ((3, 2, 8), (2, 2, 3)):
         with pytest.raises(ValueError, match=rf"x mesh.model={model} needs \d+ devices, but there are {count}.*data=0"):
             sharding.make_mesh(data, model, devices[:count])
-    with pytest.raises(ValueError, match="needs 16 devices, but there are 8"):
-        sharding.make_mesh(0, 16, devices)
+    # Who has set no axis data is not told to set it.
+    for data, model, message in (
+        (
+            0,
+            16,
+            "config.mesh.model=16 needs at least 16 devices, but there are 8: take a larger slice, or --config.mesh",
+        ),
+        (1, 16, "config.mesh.model=16 needs at least 16 devices"),
+        (0, 3, "config.mesh.model=3 is no divisor of the 8 devices"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sharding.make_mesh(data, model, devices)
 
 
 def test_rules():
