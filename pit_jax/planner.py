@@ -5,6 +5,7 @@ import concurrent.futures
 import dataclasses
 import itertools
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 import jax
 
-from pit_jax import cost, fitting, programs, sharding, slices
+from pit_jax import cost, files, fitting, programs, sharding, slices
 from pit_jax.fitting import Values
 from pit_jax.pipelines import common
 from pit_jax.slices import GIB, Chip, Place
@@ -297,8 +298,13 @@ def made_programs(config: Any, place: Place, stages: Sequence[str] | None = None
         return [program for make in makers_of(config, mesh, stages).values() for program in make()]
 
 
-def measured(config: Any, place: Place, stages: Sequence[str] | None, say: Callable[[str], None]) -> list[dict]:
-    """Rows of all programs; each is said when it and those before it are known. Two are in the compiler at a time."""
+def measured(
+    config: Any, place: Place, stages: Sequence[str] | None, say: Callable[[str], None], keep=lambda row: None
+) -> list[dict]:
+    """Rows of all programs, two of which are in the compiler at a time.
+
+    Each is said, and given to `keep`, when it and those before it are known.
+    """
     found = made_programs(config, place, stages)  # mistakes of the config come before minutes of compiling
     futures: list[concurrent.futures.Future] = []
     rows: list[dict] = []
@@ -308,6 +314,7 @@ def measured(config: Any, place: Place, stages: Sequence[str] | None, say: Calla
             concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
         while len(rows) < len(futures) and futures[len(rows)].done():
             rows.append(futures[len(rows)].result())
+            keep(rows[-1])
             say(describe(rows[-1]))
 
     with jax.set_mesh(on_place(config, place)), concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -569,6 +576,28 @@ def _all_fit(config: Any, place: Place, values: Values, stages, say) -> tuple[Va
 # ---------------------------------------------------------------------------------------------------------------- plan
 
 
+def check_asked(smallest: bool, search: bool, micro_batch: bool, remedies: bool | None, json: str | None) -> None:
+    """Before minutes of compiling.
+
+    Args:
+      smallest, search, micro_batch: whether a flag is given.
+      remedies: None where it is not.
+      json: the file to write, or None.
+
+    Raises:
+      ValueError: for what would be ignored, or could not be written.
+    """
+    instead = "--smallest" if smallest else "--search" if search else ""
+    others = {"--search": smallest and search, "--micro_batch": micro_batch, "--remedies": remedies is not None}
+    for name in [name for name, given in others.items() if instead and given]:
+        raise ValueError(f"{instead} is another question than {name}: ask one at a time")
+    if json and not files.is_remote(path := files.place(json)):
+        if not path.parent.is_dir():
+            raise ValueError(f"--json={path}: there is no folder {path.parent}; make it first")
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise ValueError(f"--json={path}: {'is a folder' if path.is_dir() else 'no file can be written there'}")
+
+
 def plan(
     config: Any,
     topology: str,
@@ -578,6 +607,7 @@ def plan(
     with_micro_batches: bool = False,
     with_search: bool = False,
     say: Callable[[str], None] = print,
+    keep: Callable[[dict[str, Any]], None] = lambda found: None,
 ) -> dict[str, Any]:
     """Compiles the programs of a config's stages, and prints a line for each as it is known.
 
@@ -589,20 +619,23 @@ def plan(
       with_micro_batches: also the largest micro-batch of each.
       with_search: instead of all that, ranks meshes and micro-batches.
       say: prints a line.
+      keep: is given what is known so far, whenever that is more.
 
     Raises:
       ValueError: for a topology or a stage that there is not, and a mesh that does not divide the devices.
     """
     place = slices.place_of(topology)
+    if with_micro_batches and not math.isfinite(place.hbm_bytes):
+        raise ValueError("--micro_batch: the devices of this machine do not say how much they hold: name a slice")
     found: dict[str, Any] = {"config": config.name, "topology": topology, "chips": len(place.devices)}
     if with_search:
         if place.chip is None:
             raise ValueError("--search ranks by what chips can do at best: name a slice, as --topology=v4-128")
         say(f"{config.name} on {topology}: {len(place.devices)} devices of {place.hbm_bytes / GIB:.2f} GiB")
-        named = _on_any_mesh(config, place, stages)
-        found |= {"programs": [], "search": {program.stage: search(config, place, program, say) for program in named}}
-        for program in named:
-            rows = found["search"][program.stage]
+        found |= {"programs": [], "search": {}}
+        for program in _on_any_mesh(config, place, stages):
+            rows = found["search"][program.stage] = search(config, place, program, say)
+            keep(found)
             say(f"{program.stage}: {program.batch} x {program.length} tokens\n{describe_search(rows)}")
         return found
     shape = dict(on_place(config, place).shape)
@@ -610,16 +643,22 @@ def plan(
         f"{config.name} on {topology}: {len(place.devices)} devices, mesh data={shape['data']} x model={shape['model']}"
     )
     say(head(place.hbm_bytes))
-    rows = measured(config, place, stages, say)
+    found |= {"mesh": shape, "programs": []}
+
+    def add(row: dict[str, Any]) -> None:
+        found["programs"].append(row)
+        keep(found)
+
+    rows = measured(config, place, stages, say, add)
     for line in together(rows):
         say(line)
-    found |= {"mesh": shape, "programs": rows}
     misfits = [row["name"] for row in rows if not row["fits"] and "refused" not in row]
     if with_remedies and misfits:
         found["remedies"] = {}
         for name in misfits:
             say(f"what makes {name} fit:")
             made = found["remedies"][name] = remedy(config, place, name, say)
+            keep(found)
             if made is None:
                 say(f"{name}: nothing that was tried")
             else:
@@ -631,6 +670,7 @@ def plan(
         for program in made_programs(config, place, stages):
             most = micro_batch(config, place, program, say)
             found["micro_batches"].append(most)
+            keep(found)
             say(f"{most['name']}: {most['rows']} rows at a time on a device of the axis data, {most['batch']} on all")
     return found
 

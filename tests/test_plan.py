@@ -1,17 +1,20 @@
 """Planning without hardware: names of slices, what programs hold, and the programs of every config."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 import re
+import signal
 import threading
+import time
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import run
+from commands import run, start
 from test_transformer import config_files
 
 from pit_jax import config as config_lib, cost, fitting, optimizers, planner, programs, sharding, slices, train_state
@@ -30,6 +33,9 @@ TINY = ModelConfig(vocab_size=64, num_layers=2, d_model=16, num_heads=4, num_kv_
         ("v4-128", "v4", (4, 4, 4)),
         ("v5p-512", "v5p", (4, 8, 8)),
         ("v5e:4x4", "v5e", (4, 4)),
+        ("v5litepod-16", "v5e", (4, 4)),
+        ("v5e-8", "v5e", (2, 4)),
+        ("v6e-256", "v6e", (16, 16)),
     ],
 )
 def test_names_of_slices(text, kind, axes):
@@ -52,7 +58,8 @@ def test_usual_slices_from_the_smallest_on():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("v4-100", "known with 8, 16"),
+        ("v4-100", "known with 8, 16, .* TensorCores"),
+        ("v5litepod-12", "slices of v5e are known with 1, 4, 8, 16, .* chips"),
         ("v3:2x2", "use v4:4x4x4"),
         ("v4:2x2", "v4 has 3 axes"),
         ("v5e:4x4x4", "v5e has 2 axes"),
@@ -305,6 +312,7 @@ def test_a_plan_of_this_machine(tmp_path):
     (row,) = json.loads(out.read_text())["programs"]
     assert row["name"] == "r_p" and row["fits"] and 0 < row["peak_gib"] < 1
     assert row["peak_gib"] == pytest.approx(sum(row["parts"].values()))
+    assert json.loads(out.read_text())["finished"]
     assert row["flops"] > 0 and row["bytes"] > 0 and row["collectives"] == []
 
 
@@ -324,6 +332,58 @@ def test_what_a_line_of_the_table_says():
     ]
     row |= {"fits": False, "said": "needs 41.25 GiB of the 30.75 of a chip"}
     assert "does NOT fit (needs 41.25 GiB of the 30.75 of a chip; parameters 1.50" in planner.describe(row)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((True, True, False, None, None), "--smallest is another question than --search: ask one at a time"),
+        ((True, False, True, None, None), "--smallest is another question than --micro_batch"),
+        ((False, True, True, None, None), "--search is another question than --micro_batch"),
+        ((False, True, False, False, None), "--search is another question than --remedies"),
+        ((False, False, False, None, "no/plan.json"), "there is no folder {}/no"),
+        ((False, False, False, None, ""), "--json={}: is a folder"),
+    ],
+)
+def test_what_is_refused_before_anything_is_compiled(tmp_path, given, message):
+    *asked, json_file = given
+    with pytest.raises(ValueError, match=re.escape(message.format(tmp_path))):
+        planner.check_asked(*asked, None if json_file is None else str(tmp_path / json_file))
+
+
+def test_what_may_be_asked_together(tmp_path):
+    planner.check_asked(False, False, True, False, f"{tmp_path}/plan.json")
+    planner.check_asked(True, False, False, None, "plan.json")
+    planner.check_asked(False, True, False, None, "gs://bucket/plan.json")
+
+
+def test_words_that_are_no_flags():
+    done = run("-m", "pit_jax.plan", "--config=configs/pit_synthetic.py:smoke", "--topology=local", "r_p", "dpo")
+    assert done.returncode == 2
+    assert done.stderr == "error: unknown arguments r_p dpo; fields are set as --config.FIELD=VALUE\n"
+
+
+@pytest.mark.parametrize(("number", "topology"), [(signal.SIGTERM, "v4:2x2x1"), (signal.SIGINT, "local")])
+def test_a_plan_that_is_stopped_keeps_what_it_knows(tmp_path, number, topology):
+    """At once, though the compiler is at work and libtpu, where it is installed, has handlers of its own."""
+    out, log = tmp_path / "plan.json", tmp_path / "log"
+    there = topology if importlib.util.find_spec("libtpu") else "local"
+    what = ("--config=configs/pit_synthetic.py:smoke", "--stages=r_p,r_pit,rl_pit", f"--topology={there}")
+    process = start("-m", "pit_jax.plan", *what, f"--json={out}", log=log)
+    try:
+        for _ in range(1200):
+            if out.exists():
+                break
+            time.sleep(0.1)
+        process.send_signal(number)
+        assert process.wait(10) == 128 + number
+    finally:
+        process.kill()
+    *_, line = log.read_text().splitlines()
+    assert line == f"{signal.Signals(number).name}: the plan is not finished; what is known so far is in {out}"
+    assert "Stack Trace" not in log.read_text() and "Traceback" not in log.read_text()
+    found = json.loads(out.read_text())
+    assert found["programs"][0]["name"] == "r_p" and not found["finished"]
 
 
 def slice_of_cpus(name, num, hbm_bytes):
@@ -557,3 +617,7 @@ def test_what_cannot_be_planned(topology, stages, model, message):
         planner.plan(config, topology, stages)
     with pytest.raises(ValueError, match="--search ranks by what chips can do"):
         planner.plan(config, "local", with_search=True)
+    with pytest.raises(ValueError, match="--micro_batch: the devices of this machine do not say how much they hold"):
+        planner.plan(config, "local", with_micro_batches=True)
+    with pytest.raises(ValueError, match="--topology=local has one size: name the chips"):
+        slices.kind_of("local")
