@@ -20,8 +20,10 @@ Mesh: data x 4 (7b), data x 8 (13b and 70b). What fits is found without a TPU:
 
 says of 70b on 256 chips of TPU v4 (30.75 GiB each) that a chip holds 15.7 GiB in stage 1, 20.4 and 26.1 where answers
 and critiques are sampled, 2.0 for the log-probs of ref_policy and 13.0 in DPO; and that a batch takes 2.2 seconds in
-stage 1 (32 sequences of 8,192 tokens) and 1.6 in DPO (32 pairs of 6,176) at best, an MFU of 77% and 75%. For 7b and
-13b: --smallest. Not trained by us.
+stage 1 (32 sequences of 8,192 tokens) and 1.6 in DPO (32 pairs of 6,176) at best, an MFU of 77% and 75%. 7b on 64 chips
+(v4-128) holds 7.1 GiB in stage 1, 10.3 and 20.8 where answers and critiques are sampled, 0.9 for the log-probs of
+ref_policy and 6.2 in DPO; 13b 30.4 where critiques are sampled, which is nearly all (its other programs were not looked
+at; --config.self_feedback.batch_size makes it less). Smaller slices: --smallest. Not trained by us.
 """
 
 from pathlib import Path

@@ -67,6 +67,11 @@ def one_line_errors(stopped: str = "") -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"\nstopped{stopped and '; '}{stopped}", file=sys.stderr)
         sys.exit(130)
+    except Exception:  # a fault of ours
+        if not processes.are_several():
+            raise
+        traceback.print_exc()
+        processes.leave(1)  # the usual way out waits for the others, half a minute, and ends them without a word
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -41,22 +41,35 @@ class Terminated(SystemExit):
 
 def _terminate(number, frame):
     del number, frame
+    error = sys.exc_info()[1]
+    while error is not None:
+        if isinstance(error, Terminated):
+            return  # it is on its way out
+        error = error.__context__
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
     raise Terminated(RESTART)
 
 
 @contextlib.contextmanager
 def raised() -> Iterator[None]:
-    """Within it SIGTERM raises Terminated, unless it is ignored. Outside of the main thread nothing changes."""
-    before = None
-    if threading.current_thread() is threading.main_thread():
-        before = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
-        if before is not signal.SIG_IGN:
-            signal.signal(signal.SIGTERM, _terminate)
+    """Within it SIGTERM raises Terminated, unless it is ignored. Outside of the main thread nothing changes.
+
+    What is raised while Python collects garbage is dropped, and there JAX has callbacks in which a signal is often
+    noticed: so it is raised again until it is on its way out.
+    """
+    before = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
+    if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    alarm = signal.getsignal(signal.SIGALRM) or signal.SIG_DFL
+    signal.signal(signal.SIGALRM, _terminate)
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGALRM, alarm)
 
 
 def at_once(last: Callable[[str], str]) -> None:

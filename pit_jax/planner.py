@@ -136,8 +136,9 @@ def measure(made: Lowered, place: Place) -> dict[str, Any]:
 
     Returns:
       name, batch and length (rows of a call and tokens of a row), fits, peak_gib, said (why it does not fit), parts
-      (GiB by what they are for), flops, model_flops (of all devices), bytes, collectives, seconds (the largest of
-      compute, memory and interconnect, of each phase of a program that samples; and their sum), mfu, compile_seconds.
+      (GiB by what they are for), flops, model_flops (of all devices), bytes, collectives (None where jaxlib cannot read
+      what the compiler has made, and then nothing of what follows), seconds (the largest of compute, memory and
+      interconnect, of each phase of a program that samples; and their sum), mfu; and compile_seconds.
     """
     started = time.time()
     program, chip = made.program, place.chip
@@ -166,16 +167,23 @@ def measure(made: Lowered, place: Place) -> dict[str, Any]:
     peak += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     peak += parts.get("others", 0) - bytes_per_device(program.shared)
     parts["temporaries"] = peak - sum(parts.values())
-    text = compiled.as_text()
-    moved = cost.traffic(text, program.while_trips)
     row |= {
         "fits": peak <= place.hbm_bytes,
         "peak_gib": peak / GIB,
         "parts": {name: size / GIB for name, size in parts.items()},
-        "bytes": moved.hbm_bytes,
-        "collectives": [dataclasses.asdict(c) for c in moved.collectives],
         "compile_seconds": time.time() - started,
     }
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:  # as of large programs for v5p and v6e, with collectives in parts
+        said = str(error).strip().splitlines()[0]
+        return row | {
+            "bytes": None,
+            "collectives": None,
+            "said": f"times are not known: jaxlib cannot read it ({said})",
+        }
+    moved = cost.traffic(text, program.while_trips)
+    row |= {"bytes": moved.hbm_bytes, "collectives": [dataclasses.asdict(c) for c in moved.collectives]}
     if chip is None:
         return row
     links = links_of(made.mesh, place)
@@ -238,7 +246,7 @@ def describe(row: dict[str, Any]) -> str:
         return f"{line}does NOT fit ({'; '.join(filter(None, (row.get('said', ''), parts)))})"
     line += f"({parts})"
     if "mfu" not in row:
-        return line
+        return line + (f"\n{'':<28}{row['said']}" if "said" in row else "")
     three = lambda of: ", ".join(f"{name} {duration(seconds)}" for name, seconds in of.items())  # noqa: E731
     margin = f"\n{'':<28}"
     line += f"{margin}{duration(row['seconds'])} at best, MFU {row['mfu']:.0%} ({three(row['seconds_of'])};"
@@ -495,10 +503,10 @@ def describe_search(rows: Iterable[dict]) -> str:
     for row in rows:
         peak = "" if row["peak_gib"] is None else size(row["peak_gib"])
         line = f"{row['data']:>5} x {row['model']:<8}{row['rows']:>6}{peak:>11}"
-        if row["fits"]:
+        if "mfu" in row:
             line += f"{1e6 * fitting.seconds_per_token(row):>14.3f}{row['mfu']:>6.0%}  {row['flags']}"
         else:
-            line += f"  {why(row)}"
+            line += f"  ({row.get('said', '')})" if row["fits"] else f"  {why(row)}"
         lines.append(line)
     return "\n".join(lines)
 

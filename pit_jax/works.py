@@ -18,6 +18,7 @@ from pit_jax import metrics, optimizers, sharding, train_state
 from pit_jax.config import ModelConfig, OptimizerConfig, PPOConfig, SamplingConfig
 from pit_jax.data import batches, pairs
 from pit_jax.learners import dpo, ppo, reward_model, sft
+from pit_jax.losses import preference
 from pit_jax.models.transformer import ScalarModel, Transformer
 from pit_jax.pipelines import common
 from pit_jax.programs import forward_flops, num_matrix_parameters, tree_flops
@@ -175,40 +176,39 @@ def dpo_work(sizes: ModelConfig, rows: int, prompt: int, answer: int, *, shared:
       shared: False: chosen and rejected are sequences of their own, as elsewhere.
     """
     module, made = Transformer(sizes), optimizer()
-    step = dpo.make_train_step(module, made, beta=0.1)
+    length, ref_log_probs = prompt + answer, np.full((rows, 2), -1000.0, np.float32)
 
-    def batch_at(i: int):
-        ids = random_tokens(sizes, i, rows, prompt + 2 * answer)
-        x, y_w, y_l = np.split(ids, [prompt, prompt + answer], axis=1)
-        if shared:
-            found = pairs.pair_rows(list(zip(x, y_w, y_l, strict=True)))
-            return found._replace(ref_log_probs=np.full((rows, 2), -1000.0, np.float32))
-        tokens = np.concatenate([np.stack([x, y], 1) for y in (y_w, y_l)], 1)  # [rows, 2, T]
-        return tokens.reshape(rows * 2, prompt + answer)
+    def answers_at(i: int) -> list[np.ndarray]:
+        """x, y_w and y_l, [rows, n] each."""
+        return np.split(random_tokens(sizes, i, rows, length + answer), [prompt, length], axis=1)
 
-    if not shared:
-        ones = np.ones((2 * rows, prompt + answer), np.int32)
-        positions = np.broadcast_to(np.arange(prompt + answer, dtype=np.int32), ones.shape)
+    def pairs_at(i: int) -> pairs.PairBatch:
+        return pairs.pair_rows(list(zip(*answers_at(i), strict=True)))._replace(ref_log_probs=ref_log_probs)
 
-        def batch_at_rows(i: int):
-            return sft.SFTBatch(TokenBatch(batch_at(i), ones, positions, positions >= prompt))
+    def rows_at(i: int) -> sft.SFTBatch:
+        x, *answers = answers_at(i)
+        tokens = np.stack([np.concatenate([x, y], 1) for y in answers], 1).reshape(2 * rows, length)
+        positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
+        return sft.SFTBatch(TokenBatch(tokens, np.ones_like(tokens), positions, positions >= prompt))
 
-        def summed(params, batch):
-            log_probs, mask = sft.row_log_probs(module, params, batch.likely, num_targets=answer)
-            sums = _in_groups(jnp.sum(jnp.where(mask, log_probs, 0.0), axis=1), 2)
-            per_row, values = dpo.preference.dpo_loss(sums, jnp.full((rows, 2), -1000.0), beta=0.1)
-            return (jnp.sum(per_row), jnp.float32(rows)), values
+    def summed(params, batch):
+        log_probs, mask = sft.row_log_probs(module, params, batch.likely, num_targets=answer)
+        sums = _in_groups(jnp.sum(jnp.where(mask, log_probs, 0.0), axis=1), 2)
+        per_row, values = preference.dpo_loss(sums, jnp.asarray(ref_log_probs), beta=0.1)
+        return (jnp.sum(per_row), jnp.float32(rows)), values
 
-        def of_rows(state, batch):
-            grads, values = train_state.gradients(summed, state.params, batch)
-            return train_state.apply_gradients(state, grads, values, made)
+    def of_rows(state, batch):
+        grads, values = train_state.gradients(summed, state.params, batch)
+        return train_state.apply_gradients(state, grads, values, made)
 
-        flops = 3 * forward_flops(sizes, 2 * rows, prompt + answer, answer)
-        start = _training(module, jax.jit(of_rows, donate_argnums=0), batch_at_rows)
-        return Work(2 * rows * (prompt + answer), "tokens of rows", (Phase(flops),), start)
-    flops = 3 * tree_flops(sizes, rows, prompt, answer, 1, num_targets=0)
-    flops += 3 * rows * 2 * answer * 2.0 * num_matrix_parameters(sizes)[1]
-    return Work(2 * rows * (prompt + answer), "tokens of rows", (Phase(flops),), _training(module, step, batch_at))
+    if shared:
+        step, batch_at = dpo.make_train_step(module, made, beta=0.1), pairs_at
+        flops = tree_flops(sizes, rows, prompt, answer, depth=1)
+        flops += rows * 2 * answer * 2.0 * num_matrix_parameters(sizes)[1]
+    else:
+        step, batch_at = jax.jit(of_rows, donate_argnums=0), rows_at
+        flops = forward_flops(sizes, 2 * rows, length, answer)
+    return Work(2 * rows * length, "tokens of rows", (Phase(3 * flops),), _training(module, step, batch_at))
 
 
 def sampling_phases(sizes: ModelConfig, rows: int, prompt: int, new: int) -> tuple[Phase, ...]:

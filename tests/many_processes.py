@@ -1,11 +1,12 @@
 """One process of several on one machine: every learner on a 2 x 2 mesh of CPU devices.
 
-    python tests/many_processes.py FOLDER DEVICES [die | stop | pause | damage]
+    python tests/many_processes.py FOLDER DEVICES [die | stop | pause | damage | fault]
 
 DEVICES are those of this process; the others are named by the variables of `pit_jax.processes`. The first process
 writes FOLDER/numbers.json; all save and restore FOLDER/checkpoints. With `die` the last process is killed in between;
 with `stop` there is a training of many short steps alone, in which the last process gets SIGTERM; with `pause` work
-without a step, in which it does; with `damage` the part of the newest checkpoint that it alone reads is lost.
+without a step, in which it does; with `damage` the part of the newest checkpoint that it alone reads is lost;
+with `fault` it raises what no user can mend.
 """
 
 import os
@@ -170,7 +171,12 @@ if __name__ == "__main__":
     flags.FLAGS([sys.argv[0]])
     with cli.one_line_errors("the same command goes on"):
         processes.start()
-        if sys.argv[3:] == ["stop"]:
+        if sys.argv[3:] == ["fault"]:
+            processes.wait("all")
+            if jax.process_index() == jax.process_count() - 1:
+                raise TypeError("a fault")
+            processes.wait("the others")
+        elif sys.argv[3:] == ["stop"]:
             train(Path(sys.argv[1]))
         elif sys.argv[3:] == ["damage"]:
             damage(Path(sys.argv[1]))

@@ -1,9 +1,11 @@
 """SIGTERM and Ctrl-C: the step that runs is saved, and the run goes on bitwise."""
 
+import gc
 import signal
 import subprocess
 import sys
 import threading
+import time
 
 import commands
 import jax.numpy as jnp
@@ -94,6 +96,37 @@ def test_sigterm_where_no_step_runs_ends_with_the_status_of_a_restart():
     printed, errors = process.communicate(timeout=60)
     assert (process.returncode, printed) == (interrupts.RESTART, "tidied\n"), errors
     assert errors.strip() == "SIGTERM; the same command goes on"
+
+
+def test_sigterm_while_garbage_is_collected_is_not_lost():
+    """As in JAX's callback, out of which no exception comes."""
+    calls = []
+
+    def callback(phase, info):
+        if not calls:
+            calls.append(phase)
+            signal.raise_signal(signal.SIGTERM)
+
+    gc.callbacks.append(callback)
+    try:
+        with pytest.raises(interrupts.Terminated), interrupts.raised():
+            gc.collect()
+            time.sleep(10)
+    finally:
+        gc.callbacks.remove(callback)
+    assert calls == ["start"] and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_what_is_tidied_up_after_sigterm_is_not_disturbed():
+    tidied = []
+    with pytest.raises(interrupts.Terminated), interrupts.raised():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            time.sleep(0.5)
+            signal.raise_signal(signal.SIGTERM)
+            tidied.append(True)
+    assert tidied
 
 
 def test_a_second_sigterm_is_a_restart_too(tmp_path):

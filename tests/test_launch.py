@@ -291,7 +291,7 @@ def test_a_late_dry_run_is_no_argument_of_the_training(fakes, checkout, script):
     assert "--dry-run stands before the other arguments" in result.stderr
 
 
-@pytest.mark.parametrize("script", ["tpu_vm", "gke_job", "local", "slurm", "demo", "test", "worker"])
+@pytest.mark.parametrize("script", ["tpu_vm", "gke_job", "local", "slurm", "demo", "test", "bench", "worker"])
 def test_help_is_the_head_of_the_file_and_nothing_is_done(fakes, checkout, script):
     for name in ("gcloud", "xpk", "sbatch", "srun"):
         fakes.add(name)

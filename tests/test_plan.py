@@ -445,6 +445,29 @@ def test_what_is_given_and_not_read_is_held_too():
     assert row["parts"]["temporaries"] >= 0 and row["peak_gib"] * slices.GIB >= 4 * (1010 + 4 + 4)
 
 
+def test_a_program_that_jaxlib_cannot_read_has_its_memory():
+    """As those for v5p and v6e whose collectives come in parts: no traceback after minutes of compiling."""
+    place = slice_of_cpus("v4:2x2x1", 4, math.inf)
+    with jax.set_mesh(planner.on_place(SMALL, place)):
+        made = planner.lowered(named(SMALL, "sft_policy"))
+    readable = planner.measure(made, place)
+
+    def refuse():
+        raise jax.errors.JaxRuntimeError("INTERNAL: async-update instruction\nmore")
+
+    compiled = made.stage.compile()
+    closed = types.SimpleNamespace(memory_analysis=compiled.memory_analysis, as_text=refuse)
+    stage = types.SimpleNamespace(compile=lambda: closed)
+    row = planner.measure(dataclasses.replace(made, stage=stage), place)
+    for name in ("fits", "peak_gib", "parts", "flops", "model_flops"):
+        assert row[name] == readable[name]
+    assert row["bytes"] is None and "mfu" not in row
+    said = "times are not known: jaxlib cannot read it (INTERNAL: async-update instruction)"
+    assert planner.describe(row).splitlines()[1].strip() == said
+    table = planner.describe_search([row | {"data": 4, "model": 1, "rows": 8, "flags": ""}])
+    assert said in table and "does not fit" not in table
+
+
 def test_prefill_and_decode_do_not_overlap():
     """Decoding 8 tokens takes 8 times as much as one; what is read before it does not depend on how many come."""
     place = slice_of_cpus("v4:2x2x1", 4, math.inf)

@@ -126,6 +126,13 @@ def test_the_others_end_where_one_is_killed(tmp_path):
     assert "error in process 0" in printed[0] and "another process has ended" in printed[0].splitlines()[-1]
 
 
+def test_the_others_end_where_one_has_a_fault(tmp_path):
+    """It says why and is gone, and they are as where one was killed; it does not wait for them to abort it."""
+    statuses, printed = finish(launch(tmp_path, 2, "fault"), tmp_path, 120)
+    assert statuses[0] not in (0, None) and statuses[1] == 1, "\n".join(printed)[-3000:]
+    assert printed[1].splitlines()[-1] == "TypeError: a fault"
+
+
 def test_sigterm_to_one_stops_all_after_the_same_step(tmp_path):
     statuses, printed = finish(launch(tmp_path, 2, "stop"), tmp_path, 120)
     assert statuses == [interrupts.RESTART] * 2, "\n".join(printed)[-3000:]

@@ -3,8 +3,8 @@
 `attention` is the definition: one square of scores. For long sequences `self_attention` takes another way to the same
 numbers, up to rounding:
 
-    blocks   blocks of queries one after the other, each unrolled: the fastest on a CPU
-    stripes  the same as four loops, which a TPU's compiler is done with in a tenth of the time
+    blocks   blocks of queries and keys, without those in which nobody sees anybody: the fastest on a CPU
+    stripes  blocks of queries in four loops, each to all keys before its end: no branches
     splash   Pallas kernel for TPUs (`jax.experimental.pallas.ops.tpu.splash_attention`): scores never leave the chip
     cudnn    cuDNN's fused kernel for NVIDIA GPUs
 """
@@ -227,39 +227,149 @@ def choose(
 
 
 def attention_in_blocks(
-    q: Array, k: Array, v: Array, places: Places, reach: Array | None = None, block: int = 128, **kwargs
+    q: Array,
+    k: Array,
+    v: Array,
+    places: Places,
+    reach: Array | None = None,
+    block: int = 128,
+    query_scale: float = 0.0,
+    softcap: float = 0.0,
 ) -> Array:
-    """`attention` of a sequence to itself, `block` queries at a time, each block to what does not come behind it.
+    """`attention` of a sequence to itself by blocks of queries and keys, without those in which nobody sees anybody.
 
-    Scores are made again for the gradient, so memory grows with T times `block` and not with T squared, and half of
-    the square is never made:
+    Of a prompt x, two candidates a and b, and two answers behind each of them (`ScoreBatch`), with one block for each:
 
-               keys
-             q # . . .        # made, . not made
-             u # # . .
-             e # # # .
-             r # # # #
+                 keys
+                 x  a aa ab  b ba bb
+           x     #
+           a     #  #
+      q    aa    #  #  #                 # made, all others not
+      u    ab    #  #  .  #              . in the triangle, but in no row together
+      e    b     #  .  .  .  #
+      r    ba    #  .  .  .  #  #
+      y    bb    #  .  .  .  #  .  #
+
+    Weights are kept as running sums (Dao et al. 2022) and made again for the gradient, so memory grows with T. A query
+    that sees nothing, which is padding, gets zeros.
 
     Args:
       q: [B, T, K, G, H].
       k, v: [B, T, K, H].
       places: of the T tokens, whose slots ascend.
       reach: of `sight`.
-      block: queries at a time; more where there would be over 16 blocks, as each is compiled.
-      **kwargs: of `attention`.
+      block: queries, and keys, at a time.
+      query_scale, softcap: of `attention`.
     """
-
-    @jax.checkpoint
-    def of_block(q, k, v, queries, keys, reach):
-        return attention(q, k, v, sight(queries, keys, reach), **kwargs)
-
     T = q.shape[1]
-    size = max(block, -(-T // 16))
-    blocks = [
-        of_block(q[:, a:b], k[:, :b], v[:, :b], places.cut(a, b), places.cut(0, b), reach)
-        for a, b in ((a, min(a + size, T)) for a in range(0, T, size))
-    ]
-    return jnp.concatenate(blocks, axis=1)
+    count = -(-T // block)
+    pad = lambda x: jnp.pad(x, [(0, 0), (0, count * block - T)] + [(0, 0)] * (x.ndim - 2))  # noqa: E731
+    cut = lambda x: jnp.moveaxis(pad(x).reshape(x.shape[0], count, block, *x.shape[2:]), 1, 0)  # noqa: E731
+    slots = jnp.arange(count * block, dtype=jnp.int32).reshape(count, block)
+    cut_places = Places(slots, *(None if x is None else cut(x) for x in places[1:]))  # padding has segment 0
+    # [n, B, K, G, block, H] and [n, B, K, block, H].
+    queries = cut(q).transpose(0, 1, 3, 4, 2, 5)
+    keys, values = cut(k).transpose(0, 1, 3, 2, 4), cut(v).transpose(0, 1, 3, 2, 4)
+    form = (query_scale or q.shape[-1]) ** -0.5, softcap
+    reach = jnp.int32(jnp.iinfo(jnp.int32).max) if reach is None else reach
+    out = _by_sight(form, queries, keys, values, cut_places, reach)
+    return out.transpose(1, 0, 4, 2, 3, 5).reshape(q.shape[0], count * block, *q.shape[2:])[:, :T]
+
+
+def _at(tree, i: Array):
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False), tree)
+
+
+def _block_scores(form: tuple[float, float], q: Array, k: Array) -> Array:
+    """[B, K, G, t, H] and [B, K, s, H] -> [B, K, G, t, s]."""
+    scale, softcap = form
+    B, K, G, t, H = q.shape
+    scores = jnp.einsum("bkqh,bksh->bkqs", (q * scale).reshape(B, K, G * t, H), k, preferred_element_type=jnp.float32)
+    scores = scores.reshape(B, K, G, t, -1)
+    return softcap * jnp.tanh(scores / softcap) if softcap else scores
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_sight(form, queries, keys, values, places, reach):
+    return _forward(form, queries, keys, values, places, reach)[0]
+
+
+def _forward(form, queries, keys, values, places, reach):
+    """(what queries get, [n, B, K, G, t, H]; log of the sum of their weights, [n, B, K, G, t])."""
+
+    def of_queries(_, row):
+        q, mine = row
+
+        def add(j, carry):
+            seen = sight(mine, _at(places, j), reach)[:, None, None]
+
+            def seen_by_some(carry):
+                largest, total, mixed = carry
+                scores = _block_scores(form, q, _at(keys, j))
+                new = jnp.maximum(largest, jnp.max(jnp.where(seen, scores, -1e30), -1))
+                weights = jnp.where(seen, jnp.exp(scores - new[..., None]), 0.0)
+                shrink = jnp.exp(largest - new)
+                more = _mixed(weights, _at(values, j))
+                return new, total * shrink + jnp.sum(weights, -1), mixed * shrink[..., None] + more
+
+            return jax.lax.cond(jnp.any(seen), seen_by_some, lambda carry: carry, carry)
+
+        zeros = jnp.zeros_like(q, jnp.float32)
+        start = zeros[..., 0] - 1e30, zeros[..., 0], zeros
+        largest, total, mixed = jax.lax.fori_loop(0, len(queries), add, start)  # nobody sees what is behind i
+        total = jnp.where(total > 0, total, 1.0)
+        return None, ((mixed / total[..., None]).astype(q.dtype), largest + jnp.log(total))
+
+    return jax.lax.scan(of_queries, None, (queries, places))[1]
+
+
+def _mixed(weights: Array, values: Array) -> Array:
+    """[B, K, G, t, s] and [B, K, s, H] -> [B, K, G, t, H] float32."""
+    B, K, G, t, s = weights.shape
+    weights = weights.astype(values.dtype).reshape(B, K, G * t, s)
+    out = jnp.einsum("bkqs,bksh->bkqh", weights, values, preferred_element_type=jnp.float32)
+    return out.reshape(B, K, G, t, -1)
+
+
+def _forward_and_kept(form, queries, keys, values, places, reach):
+    out, logs = _forward(form, queries, keys, values, places, reach)
+    return out, (queries, keys, values, places, reach, out, logs)
+
+
+def _backward(form, kept, d_out):
+    queries, keys, values, places, reach, out, logs = kept
+
+    def of_queries(carry, row):
+        q, mine, log, d, o = row
+        d = d.astype(jnp.float32)
+        drop = jnp.sum(d * o, -1, keepdims=True)
+
+        def add(j, carry):
+            seen = sight(mine, _at(places, j), reach)[:, None, None]
+
+            def seen_by_some(carry):
+                d_q, d_keys, d_values = carry
+                k, v = _at(keys, j), _at(values, j)
+                scores, back = jax.vjp(functools.partial(_block_scores, form), q, k)
+                weights = jnp.where(seen, jnp.exp(scores - log[..., None]), 0.0)
+                mixed, back_mixed = jax.vjp(_mixed, weights, v)
+                d_weights, d_v = back_mixed(d.astype(mixed.dtype))
+                more, d_k = back(weights * (d_weights - drop))
+                put = lambda all, new: jax.lax.dynamic_update_index_in_dim(all, _at(all, j) + new, j, 0)  # noqa: E731
+                return d_q + more, put(d_keys, d_k), put(d_values, d_v)
+
+            return jax.lax.cond(jnp.any(seen), seen_by_some, lambda carry: carry, carry)
+
+        d_q, *carry = jax.lax.fori_loop(0, len(queries), add, (jnp.zeros_like(q, jnp.float32), *carry))
+        return tuple(carry), d_q.astype(q.dtype)
+
+    start = jnp.zeros_like(keys, jnp.float32), jnp.zeros_like(values, jnp.float32)
+    rows = queries, places, logs, d_out, out
+    (d_keys, d_values), d_queries = jax.lax.scan(of_queries, start, rows)
+    return d_queries, d_keys.astype(keys.dtype), d_values.astype(values.dtype), None, None
+
+
+_by_sight.defvjp(_forward_and_kept, _backward)
 
 
 STRIPES = 4
@@ -268,11 +378,12 @@ STRIPES = 4
 def attention_in_stripes(
     q: Array, k: Array, v: Array, places: Places, reach: Array | None = None, block: int = 128, **kwargs
 ) -> Array:
-    """As `attention_in_blocks`, with the blocks of each quarter of the queries as one loop.
+    """`attention` of a sequence to itself, blocks of queries at a time; those of each quarter are one loop.
 
-    A compiler sees four blocks. All of a quarter attend to as many keys as its last one: 1.25 times the scores.
+    A compiler sees four blocks. All of a quarter attend to as many keys as its last one: 1.25 times the scores of the
+    triangle, and nothing is decided while it runs. Scores are made again for the gradient.
 
-    Args: as there, of blocks at most.
+    Args: as for `attention_in_blocks`, of blocks at most.
     """
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
