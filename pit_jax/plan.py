@@ -62,17 +62,18 @@ def main(argv: list[str]) -> None:
         remedies = _REMEDIES.value if flags.FLAGS["remedies"].present else None
         planner.check_asked(_SMALLEST.value, _SEARCH.value, _MICRO_BATCH.value, remedies, _JSON.value)
         config = config_lib.from_config_dict(config_lib.class_of(_CONFIG.value), _CONFIG.value)
-        say, lock = functools.partial(print, flush=True), threading.Lock()
+        say, lock, kept = functools.partial(print, flush=True), threading.Lock(), threading.Event()
 
         def keep(found: dict, finished: bool = False) -> None:
             if _JSON.value:
                 with lock:
                     write_json_atomic(_JSON.value, found | {"finished": finished})
+                    kept.set()
 
         def last(name: str) -> str:
             with lock:  # nothing is half-written
-                where = f"what is known so far is in {_JSON.value}" if _JSON.value else "--json=FILE would keep more"
-                return f"{name}: the plan is not finished; {where}"
+                where = f"; what is known so far is in {_JSON.value}" if kept.is_set() else ""
+                return f"{name}: the plan is not finished{where}"
 
         kind = slices.kind_of(_TOPOLOGY.value) if _SMALLEST.value else ""
         slices.place_of(slices.of_kind(kind)[0] if kind else _TOPOLOGY.value)  # loads libtpu
