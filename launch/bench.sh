@@ -6,6 +6,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
+help_if_asked "$@"
 install report
 cd "$ROOT"
 works=""

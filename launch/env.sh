@@ -19,6 +19,61 @@ call() {
   fi
 }
 
+# What stands at the head of a script, where that is asked for.
+help_if_asked() {
+  local argument
+  for argument in "$@"; do
+    case "$argument" in
+      -h | --help) print_head "${BASH_SOURCE[1]}"; exit 0 ;;
+    esac
+  done
+}
+
+print_head() {
+  sed -nE '2,/^set /{/^#( |$)/s/^# ?//p;}' "$1"
+}
+
+# check_run COMMAND ARGUMENT ...: arguments of pit_jax.train; paths count from the repository root.
+check_run() {
+  local needed argument path
+  for needed in --config= --workdir=; do
+    [[ "$(quoted "${@:2}")" == *" $needed"* ]] || fail "$needed is missing: bash $1 --config=FILE --workdir=FOLDER"
+  done
+  for argument in "${@:2}"; do
+    case "$argument" in
+      --config=*)
+        path="${argument#--config=}"
+        path="${path%%:*}"
+        (cd "$ROOT" && [ -f "$path" ]) || fail "There is no config file $path in $ROOT." ;;
+      --workdir=) fail "--workdir= is empty: name a folder." ;;
+    esac
+  done
+}
+
+# Names of slices and of runs.
+check_name() {
+  [[ "${!1}" =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] ||
+    fail "$1=${!1}: small letters, digits and hyphens, a letter first and no hyphen last."
+}
+
+# check_number VARIABLE LEAST: what a variable holds, where it is set.
+check_number() {
+  [[ "${!1:-$2}" =~ ^(0|[1-9][0-9]{0,8})$ && "${!1:-$2}" -ge "$2" ]] || fail "$1=${!1} is no number from $2 on."
+}
+
+# TYPE, a slice by the name that Cloud TPU has for it.
+check_type() {
+  local size="${TYPE##*-}"
+  [[ "$TYPE" =~ ^v[0-9a-z]+-[1-9][0-9]{0,5}$ ]] || fail "TYPE=$TYPE: as in v4-64."
+  case "$TYPE" in
+    v5e-*) fail "TYPE=$TYPE: Cloud TPU names it v5litepod-$size." ;;
+    v[234]-* | v5p-*) [ $((size % 8)) -eq 0 ] || fail "TYPE=$TYPE: ${TYPE%-*} has multiples of 8 (TensorCores)." ;;
+    v5litepod-* | v6e-*)
+      [[ " 1 4 8 16 32 64 128 256 " == *" $size "* ]] ||
+        fail "TYPE=$TYPE: ${TYPE%-*} has 1, 4, 8, 16, 32, 64, 128 or 256 (chips)." ;;
+  esac
+}
+
 # Behind other arguments --dry-run would go to what is to be run, which then does.
 check_dry_run() {
   local argument

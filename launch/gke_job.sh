@@ -48,10 +48,17 @@ case "$COMMAND" in
   storage) need CLUSTER ;;
   run) need CLUSTER TYPE NAME ;;
   logs | status | delete) need CLUSTER NAME ;;
-  -h | --help | help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"; exit 0 ;;
+  -h | --help | help) print_head "${BASH_SOURCE[0]}"; exit 0 ;;
   *) fail "There is no command $COMMAND. bash launch/gke_job.sh --help lists them." ;;
 esac
 [ "$COMMAND" = run ] || [ $# -eq 0 ] || fail "bash launch/gke_job.sh $COMMAND takes no arguments, but there is $1."
+for variable in CLUSTER NAME; do
+  [ -z "${!variable:-}" ] || check_name "$variable"
+done
+[ -z "${TYPE:-}" ] || check_type
+check_number RESTARTS 0
+check_number SLICES 1
+check_number SIZE 2560 # of the tier BASIC_SSD
 PLACE=(--cluster="$CLUSTER")
 [ -z "${PROJECT:-}" ] || PLACE+=(--project="$PROJECT")
 [ -z "${ZONE:-}" ] || PLACE+=(--zone="$ZONE")

@@ -12,12 +12,14 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 RESTART=75 # pit_jax.interrupts.RESTART
+help_if_asked "$@"
 [ "${1:-}" = --dry-run ] && { DRY_RUN=1; shift; }
 check_dry_run "$@"
 [ $# -gt 0 ] ||
   fail "What is to be run? bash launch/local.sh --config=configs/pit_synthetic.py:smoke --workdir=runs/smoke"
 PROCESSES="${PROCESSES:-1}"
 [[ "$PROCESSES" =~ ^[1-9][0-9]*$ ]] || fail "PROCESSES=$PROCESSES is not a number of processes."
+check_run launch/local.sh "$@"
 GPUS="$(compgen -G '/dev/nvidia[0-9]*' || true)"
 
 extras() {

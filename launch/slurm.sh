@@ -22,11 +22,14 @@ GIVEN_JAX_PLATFORMS="${JAX_PLATFORMS:-}"
 source "$HERE/env.sh"
 
 RESTART=75 # pit_jax.interrupts.RESTART
+help_if_asked "$@"
 [ "${1:-}" = --dry-run ] && { DRY_RUN=1; shift; }
 check_dry_run "$@"
 [ $# -gt 0 ] || fail "What is to be run? bash launch/slurm.sh --config=FILE --workdir=FOLDER"
 NODES="${NODES:-1}" GPUS="${GPUS:-8}"
 [[ "$NODES $GPUS" =~ ^[1-9][0-9]*\ [0-9]+$ ]] || fail "NODES=$NODES GPUS=$GPUS are not numbers of nodes and of GPUs."
+check_number CPUS 1
+check_run launch/slurm.sh "$@"
 
 submit() {
   local tasks="$GPUS" found=report command

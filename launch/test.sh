@@ -8,12 +8,14 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
+help_if_asked "$@"
 use_test_environment
 extra=test slow=
 while true; do
   case "${1:-}" in
     --parity) extra=test,parity ;;
     --slow) slow=1 ;;
+    --dry-run) fail "bash launch/test.sh has no --dry-run; --help says what it does." ;;
     *) break ;;
   esac
   shift

@@ -25,7 +25,8 @@
 #   SHARE=10.0.0.2:/pit   NFS (Filestore), mounted at /mnt/pit by install: all workers need to see --workdir. None is
 #                         needed for --workdir=gs://BUCKET/runs/NAME, which the service account of the slice must be
 #                         allowed to write to, and which lies near the slice
-#   VERSION=tpu-ubuntu2204-base   that of v4; other kinds have others
+#   VERSION=tpu-ubuntu2204-base   the runtime; by default that of v4, v2-alpha-tpuv5 of v5p, v2-alpha-tpuv5-lite of
+#                         v5litepod, v2-alpha-tpuv6e of v6e
 #   PROJECT=... CREATE_FLAGS="--reserved --network=..."
 #   RETRIES=3             how often keep starts again what failed on a slice that is well
 #
@@ -57,18 +58,34 @@ case "$COMMAND" in
   send) [ $# -eq 2 ] || fail "bash launch/tpu_vm.sh send LOCAL REMOTE, as in: send pairs /mnt/pit/pairs" ;;
   fetch) [ $# -eq 2 ] || fail "bash launch/tpu_vm.sh fetch REMOTE LOCAL, as in: fetch /mnt/pit/runs/NAME/report ." ;;
   on) [ $# -gt 0 ] || fail "bash launch/tpu_vm.sh on WORKER [COMMAND ...], as in: on all df -h /mnt/pit" ;;
-  -h | --help | help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"; exit 0 ;;
+  -h | --help | help) print_head "${BASH_SOURCE[0]}"; exit 0 ;;
   *) fail "There is no command $COMMAND. bash launch/tpu_vm.sh --help lists them." ;;
 esac
 for variable in NAME ZONE TYPE; do
   [ -n "${!variable:-}" ] || fail "Set $variable: NAME=pit ZONE=us-central2-b TYPE=v4-64 bash launch/tpu_vm.sh $COMMAND"
 done
-[[ "$NAME" =~ ^[a-z][-a-z0-9]*$ ]] || fail "NAME=$NAME: small letters, digits and hyphens."
-[[ "$TYPE" =~ ^v[0-9a-z]+-[0-9]+$ ]] || fail "TYPE=$TYPE: as in v4-64."
+check_name NAME
+check_type
+check_number RETRIES 0
+[[ -z "${SHARE:-}" || "$SHARE" =~ ^[^/[:space:]]+:/. ]] || fail "SHARE=$SHARE: ADDRESS:/PATH, as in 10.0.0.2:/pit."
+case "$COMMAND ${VERSION:-} $TYPE" in
+  'create  '* | 'keep  '*) # tpu-ubuntu2204-base is not for all
+    case "$TYPE" in
+      v5p-*) VERSION=v2-alpha-tpuv5 ;;
+      v5litepod-*) VERSION=v2-alpha-tpuv5-lite ;;
+      v6e-*) VERSION=v2-alpha-tpuv6e ;;
+      v[234]-*) VERSION=tpu-ubuntu2204-base ;;
+      *) fail "Which runtime has $TYPE? Set VERSION (Cloud TPU's page \"TPU software versions\" lists them)." ;;
+    esac ;;
+esac
 for argument in "$@"; do
   case "$COMMAND $argument" in
     'run --workdir=gs://'*/* | 'keep --workdir=gs://'*/*) ;;
     'run --workdir='*://* | 'keep --workdir='*://*) fail "$argument: of buckets take gs://BUCKET/runs/NAME." ;;
+    'keep --workdir=/mnt/pit/'*)
+      [ -n "${SHARE:-}" ] ||
+        fail "$argument is on no share: set SHARE=ADDRESS:/PATH, which is mounted at /mnt/pit of each slice that keep" \
+          "makes, or take a workdir in a bucket: --workdir=gs://BUCKET/runs/NAME" ;;
     'run --workdir=/'* | 'keep --workdir=/'*) ;;
     'run --workdir='* | 'keep --workdir='*)
       [ "${TYPE##*-}" -le 8 ] ||
@@ -91,7 +108,7 @@ on() {
 
 create() {
   local command=("${QUEUED[@]}" create "$NAME" "${PLACE[@]}" --node-id="$NAME" --accelerator-type="$TYPE"
-    --runtime-version="${VERSION:-tpu-ubuntu2204-base}")
+    --runtime-version="$VERSION")
   [ -z "${SPOT:-}" ] || command+=(--spot)
   for flag in ${CREATE_FLAGS:-}; do command+=("$flag"); done
   call "${command[@]}" || fail "The slice was not asked for (see above): quota, name or zone?"

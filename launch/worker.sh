@@ -9,6 +9,7 @@
 #   bash launch/worker.sh log                    follows what the training prints, with the worker's number before it
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+help_if_asked "${1:-}"
 cd "$ROOT"
 COMMAND="${1:-}"
 shift || true

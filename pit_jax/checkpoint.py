@@ -14,6 +14,7 @@ Everything is read and written by Orbax and as JSON; nothing is pickled.
 import concurrent.futures
 import contextlib
 import dataclasses
+import re
 import threading
 import warnings
 import zlib
@@ -146,11 +147,12 @@ class Saver:
             files.remove_tree(self._begun(step))
             last = latest_step(self._directory)
             kept = "there is none before it" if last is None else f"that of step {last} is kept"
-            reason = str(error).strip().splitlines()
+            advice = "Is the disk full, or a quota reached? Make room, and go on"
+            if processes.are_several() and _tells_of_a_lost_process(error):
+                advice = "Another process is gone: look at what it printed. The same command goes on, for all of them"
             raise SaveError(
-                f"the checkpoint of step {step} could not be written to {self._directory} ({type(error).__name__}: "
-                f"{reason[0] if reason else error!r}); {kept}. Is the disk "
-                "full, or a quota reached? Make room, and go on"
+                f"the checkpoint of step {step} could not be written to {self._directory} ({_first_line(error)}); "
+                f"{kept}. {advice}"
             ) from error
 
     def __enter__(self) -> "Saver":
@@ -161,6 +163,21 @@ class Saver:
             self.wait()
         elif self._pending is not None:  # another error is on its way
             concurrent.futures.wait([self._pending])
+
+
+def _tells_of_a_lost_process(error: BaseException | None) -> bool:
+    """Also where Orbax has made another error of it."""
+    while error is not None:
+        if re.search("heartbeat|barrier|UNAVAILABLE|coordination service", str(error), re.IGNORECASE):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _first_line(error: Exception) -> str:
+    """Of what a library says, which may be as long as a page."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else repr(error)
 
 
 def _start(function: Callable[[], None]) -> concurrent.futures.Future:
@@ -238,7 +255,7 @@ def restore(directory: Path, step: int, like, *, at: str = ""):
         except jax.errors.JaxRuntimeError:
             raise  # such as a device that is out of memory
         except Exception as error:
-            raise DamagedError(f"checkpoint {folder} is damaged: {type(error).__name__}: {error}") from error
+            raise DamagedError(f"checkpoint {folder} is damaged: {_first_line(error)}") from error
     with _agreed(folder):
         changed = [path for path, x in arrays.items() if _has_changed(x, manifest[path])]
         if changed:
@@ -286,7 +303,8 @@ def restore_latest(directory: Path, like, *, donate: bool = False) -> tuple[int,
         try:
             return step, restore(directory, step, like)
         except DamagedError as error:
-            warnings.warn(f"{error}\nThe checkpoint before it is taken.", stacklevel=2)
+            before = "" if step == steps[0] else "\nThe checkpoint before it is taken."
+            warnings.warn(f"{error}{before}", stacklevel=2)
     if steps:
         raise ValueError(
             f"all checkpoints in {_absolute(directory)} are damaged (steps {steps}): "

@@ -3,11 +3,13 @@
 import contextlib
 import difflib
 import os
+import re
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
@@ -92,7 +94,30 @@ def parse_flags(argv: list[str]) -> list[str]:
     except (AttributeError, KeyError) as error:
         if Path(traceback.extract_tb(error.__traceback__)[-1].filename).name != "config_dict.py":
             raise  # a fault in the config file, which is read here as well
-        field, *hint = str(error).replace("\\n", "\n").replace("\\", "").strip("'\"").split("\n")
-        message = f"the config has no field '{field.strip(chr(39))}'. {' '.join(hint)}".strip()
+        given = re.findall(r"^--?config[=\n](.*)$", "\n".join(argv), re.MULTILINE)
+        message = unknown_field(flags.FLAGS["config"].parser.parse(given[-1]).to_dict(), argv) or str(error)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def unknown_field(config: Mapping, argv: Sequence[str]) -> str | None:
+    """What to say of the first --config.FIELD among `argv` that a config has not, with the most alike of its fields."""
+    for argument in argv:
+        found = re.fullmatch(r"--?(?:no)?config\.([^=]+)(=.*)?", argument, re.DOTALL)
+        here: Any = config
+        for part in found[1].split(".") if found else ():
+            if not isinstance(here, Mapping) or part not in here:
+                near = difflib.get_close_matches(found[1], _fields(config), n=1, cutoff=0.5)
+                return f"the config has no field '{found[1]}'" + (f". Did you mean '{near[0]}'?" if near else "")
+            here = here[part]
+    return None
+
+
+def _fields(config: Mapping, before: str = "") -> list[str]:
+    """ "ppo", "ppo.kl_coef", ... of a config."""
+    found = []
+    for name in config:
+        found.append(before + name)
+        if isinstance(config[name], Mapping):
+            found += _fields(config[name], f"{before}{name}.")
+    return found

@@ -5,6 +5,7 @@ Where none runs, as in stages that sample, ask critics or evaluate, a run ends a
 
 import contextlib
 import itertools
+import os
 import signal
 import sys
 import threading
@@ -69,6 +70,31 @@ def raised() -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGTERM, before)
         signal.signal(signal.SIGALRM, alarm)
+
+
+def at_once(last: Callable[[str], str]) -> None:
+    """From now on SIGTERM and Ctrl-C end this process without delay, with 128 + their number.
+
+    Handlers of Python wait until the main thread is back from a compiler, which may take minutes, and libtpu's writes a
+    stack trace: call this when it is loaded. A signal that is ignored stays so.
+
+    Args:
+      last: name of the signal -> a line for stderr. Called in another thread, while anything else may be going on.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def end():
+        (number,) = os.read(reader, 1)
+        line = "\n" if number == signal.SIGINT else ""  # that of a terminal's ^C is ended
+        print(line + last(signal.Signals(number).name), file=sys.stderr, flush=True)
+        os._exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: None)  # its number goes through the pipe
+    signal.set_wakeup_fd(writer)
+    threading.Thread(target=end, name="signals", daemon=True).start()
 
 
 def take_back() -> None:

@@ -5,6 +5,7 @@ import concurrent.futures
 import dataclasses
 import itertools
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 import jax
 
-from pit_jax import cost, fitting, programs, sharding, slices
+from pit_jax import cost, files, fitting, programs, sharding, slices
 from pit_jax.fitting import Values
 from pit_jax.pipelines import common
 from pit_jax.slices import GIB, Chip, Place
@@ -89,7 +90,7 @@ def collective_seconds(collective: cost.Collective, chip: Chip, links: dict[int,
 
 
 def needed(error: Exception, given: float = 0.0) -> tuple[float | None, str]:
-    """(GiB that a refused program needs, what the compiler said), in the two ways in which it says so.
+    """(GiB that a refused program needs, why), from the two ways in which the compiler says so.
 
     Args:
       error: of the compiler.
@@ -98,10 +99,20 @@ def needed(error: Exception, given: float = 0.0) -> tuple[float | None, str]:
     text = str(error)
     scale = {"G": 1.0, "M": 1 / 1024, "K": 1 / 1024**2}
     if found := re.search(r"Used ([\d.]+)([GMK]) of ([\d.]+)G hbm", text):
-        return float(found[1]) * scale[found[2]], found[0]
+        gib = float(found[1]) * scale[found[2]]
+        return gib, f"needs {gib:.2f} GiB of the {float(found[3]):.2f} of a chip"
     if found := re.search(r"HLO temporaries \(([\d.]+)([GMK])\) exceeds available HBM \(([\d.]+)G\)", text):
-        return float(found[1]) * scale[found[2]] + given, found[0]
-    return None, text.splitlines()[0]
+        gib = float(found[1]) * scale[found[2]]
+        return (
+            gib + given,
+            f"its temporaries alone need {gib:.2f} GiB of the {float(found[3]):.2f} of a chip",
+        )
+    return None, first_line(error)
+
+
+def first_line(error: Exception) -> str:
+    """Of what a library says; its name, where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,18 +135,18 @@ def measure(made: Lowered, place: Place) -> dict[str, Any]:
     """Compiles a program; what it holds, moves and takes on one device.
 
     Returns:
-      name, fits, peak_gib, parts (GiB by what they are for), flops, model_flops (of all devices), bytes, collectives
-      (None where jaxlib cannot read what the compiler has made, and then nothing of what follows), seconds (the
-      largest of compute, memory and interconnect, of each phase of a program that samples; and their sum), mfu; and
-      compile_seconds.
+      name, batch and length (rows of a call and tokens of a row), fits, peak_gib, said (why it does not fit), parts
+      (GiB by what they are for), flops, model_flops (of all devices), bytes, collectives (None where jaxlib cannot read
+      what the compiler has made, and then nothing of what follows), seconds (the largest of compute, memory and
+      interconnect, of each phase of a program that samples; and their sum), mfu; and compile_seconds.
     """
     started = time.time()
     program, chip = made.program, place.chip
     parts = held(program)
     flops = lambda trips: cost.matmul_flops(made.jaxpr, while_trips=trips)  # noqa: E731
     row: dict[str, Any] = {
-        "name": program.stage, "tokens": program.num_tokens, "flops": flops(program.while_trips),
-        "model_flops": program.model_flops,
+        "name": program.stage, "batch": program.batch, "length": program.length, "tokens": program.num_tokens,
+        "flops": flops(program.while_trips), "model_flops": program.model_flops,
     }  # fmt: skip
     try:
         compiled = made.stage.compile()
@@ -203,23 +214,47 @@ def seconds_of(flops: float, moved: cost.Traffic, chip: Chip, links: dict[int, i
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
+def size(gib: float) -> str:
+    """Of a column of GiB: small ones say that they are MiB."""
+    return f"{gib:.2f}" if gib >= 0.005 or not gib else f"{1024 * gib:.3g} MiB"
+
+
+def amount(gib: float) -> str:
+    """The same with its unit."""
+    return size(gib) if "M" in size(gib) else f"{size(gib)} GiB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, or milliseconds."""
+    return f"{seconds:.3f} s" if seconds >= 0.01 or not seconds else f"{1e3 * seconds:.3g} ms"
+
+
+def head(hbm_bytes: float) -> str:
+    """The line above those of `describe`."""
+    limit = f"  of {hbm_bytes / GIB:.2f} per chip" if math.isfinite(hbm_bytes) else ""
+    return f"{'program':<28}{'batch x tokens':>16}{'GiB':>11}{limit}"
+
+
 def describe(row: dict[str, Any]) -> str:
     """Lines of the table."""
-    parts = ", ".join(f"{name} {gib:.2f}" for name, gib in row.get("parts", {}).items())
-    peak = "" if row["peak_gib"] is None else f"{row['peak_gib']:.2f}"
+    parts = ", ".join(f"{name} {size(gib)}" for name, gib in row.get("parts", {}).items())
+    peak = "" if row["peak_gib"] is None else size(row["peak_gib"])
+    line = f"{row['name']:<28}{row['batch']:>8} x {row['length']:<5}{peak:>11}  "
+    if "refused" in row:
+        return f"{line}{row['refused']}"
     if not row["fits"]:
-        said = "; ".join(filter(None, (row.get("said", ""), parts)))
-        return f"{row['name']:<28}{peak:>8}  does NOT fit ({said})"
-    line = f"{row['name']:<28}{peak:>8}  ({parts})"
+        return f"{line}does NOT fit ({'; '.join(filter(None, (row.get('said', ''), parts)))})"
+    line += f"({parts})"
     if "mfu" not in row:
         return line + (f"\n{'':<28}{row['said']}" if "said" in row else "")
-    three = lambda of: ", ".join(f"{name} {seconds:.3f}" for name, seconds in of.items())  # noqa: E731
-    line += f"\n{'':<28}{row['seconds']:>8.3f} s at best, MFU {row['mfu']:.0%} ({three(row['seconds_of'])} s;"
-    line += f" one after the other {row['seconds_without_overlap']:.3f} s)"
+    three = lambda of: ", ".join(f"{name} {duration(seconds)}" for name, seconds in of.items())  # noqa: E731
+    margin = f"\n{'':<28}"
+    line += f"{margin}{duration(row['seconds'])} at best, MFU {row['mfu']:.0%} ({three(row['seconds_of'])};"
+    line += f" one after the other {duration(row['seconds_without_overlap'])})"
     for name, of in row.get("phases", {}).items():
-        line += f"\n{'':<28}{max(of.values()):>8.3f} s {name} ({three(of)} s)"
-    sent = ", ".join(f"{c['kind']} {c['bytes'] / GIB:.2f} GiB over {c['group']}" for c in row["collectives"][:4])
-    return line + (f"\n{'':<28}{sent}" if sent else "")
+        line += f"{margin}{duration(max(of.values()))} {name} ({three(of)})"
+    sent = ", ".join(f"{c['kind']} {amount(c['bytes'] / GIB)} over {c['group']}" for c in row["collectives"][:4])
+    return line + (margin + sent if sent else "")
 
 
 def together(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -233,8 +268,8 @@ def together(rows: Sequence[dict[str, Any]]) -> list[str]:
         if len(group) > 1 and known:
             top = max(known, key=lambda row: row["peak_gib"])
             models = sum(top["parts"].get(name, 0) for name in ("parameters", "others"))
-            states = f"all its models {models:.2f}, optimizers {top['parts'].get('optimizer', 0):.2f}"
-            lines.append(f"{stage + ' together':<28}{top['peak_gib']:>8.2f}  in {top['name']} ({states})")
+            states = f"all its models {size(models)}, optimizers {size(top['parts'].get('optimizer', 0))}"
+            lines.append(f"{stage + ' together':<44}{size(top['peak_gib']):>11}  in {top['name']} ({states})")
     return lines
 
 
@@ -271,32 +306,67 @@ def made_programs(config: Any, place: Place, stages: Sequence[str] | None = None
         return [program for make in makers_of(config, mesh, stages).values() for program in make()]
 
 
-def measured(config: Any, place: Place, stages: Sequence[str] | None, say: Callable[[str], None]) -> list[dict]:
-    """Rows of all programs, in their order; each is said when it is known. Two are in the compiler at a time."""
+def measured(
+    config: Any, place: Place, stages: Sequence[str] | None, say: Callable[[str], None], keep=lambda row: None
+) -> list[dict]:
+    """Rows of all programs, two of which are in the compiler at a time.
+
+    Each is said, and given to `keep`, when it and those before it are known.
+    """
     found = made_programs(config, place, stages)  # mistakes of the config come before minutes of compiling
     futures: list[concurrent.futures.Future] = []
-    said: set[concurrent.futures.Future] = set()
+    rows: list[dict] = []
 
     def wait(most: int) -> None:
-        while len(running := [future for future in futures if future not in said]) > most:
-            done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
-            for future in done:
-                say(describe(future.result()))
-                said.add(future)
+        while len(running := [future for future in futures if not future.done()]) > most:
+            concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+        while len(rows) < len(futures) and futures[len(rows)].done():
+            rows.append(futures[len(rows)].result())
+            keep(rows[-1])
+            say(describe(rows[-1]))
 
     with jax.set_mesh(on_place(config, place)), concurrent.futures.ThreadPoolExecutor(2) as pool:
         for program in found:
             wait(2)  # a third is traced meanwhile
-            futures.append(pool.submit(measure, lowered(program), place))
+            futures.append(pool.submit(measured_or_refused, lowered_or_refused(program), place))
         wait(0)
-    return [future.result() for future in futures]
+    return rows
+
+
+def lowered_or_refused(program: programs.Program) -> Lowered | dict[str, Any]:
+    """`lowered`, or the row of a program that cannot be traced."""
+    try:
+        return lowered(program)
+    except Exception as error:  # whatever a library raises
+        return uncompiled(program, error)
+
+
+def measured_or_refused(made: Lowered | dict[str, Any], place: Place) -> dict[str, Any]:
+    """`measure`, or the row of a program that cannot be compiled."""
+    if isinstance(made, dict):
+        return made
+    try:
+        return measure(made, place)
+    except Exception as error:  # jaxlib has types of its own
+        return uncompiled(made.program, error)
+
+
+def uncompiled(program: programs.Program, error: Exception) -> dict[str, Any]:
+    """The row of a program that cannot be traced or compiled: the others are of use without it."""
+    row = {"name": program.stage, "batch": program.batch, "length": program.length, "fits": False, "peak_gib": None}
+    return row | {"refused": f"does not compile: {first_line(error)}"}
 
 
 def measured_alone(config: Any, place: Place, program: programs.Program) -> dict[str, Any]:
     """The row of one program of `made_programs`."""
     with jax.set_mesh(on_place(config, place)):
-        made = lowered(program)
-    return measure(made, place)
+        made = lowered_or_refused(program)
+    return measured_or_refused(made, place)
+
+
+def why(row: dict[str, Any]) -> str:
+    """Of a row that does not fit: of one that was not compiled, why not."""
+    return row.get("refused") or f"does not fit ({row.get('said', 'with what lies beside it')})"
 
 
 class Asker:
@@ -320,9 +390,9 @@ class Asker:
         key = place.name, tuple(sorted(values.items()))
         if key not in self._known:
             row = self._known[key] = self._ask(place, values)
-            peak = "" if row["peak_gib"] is None else f"{row['peak_gib']:.2f} GiB, "
-            fits = "fits" if row["fits"] else f"does not fit ({row.get('said', 'with what lies beside it')})"
-            self._say(f"  tried {' '.join(filter(None, (place.name, fitting.flags(values))))}: {peak}{fits}")
+            peak = "" if row["peak_gib"] is None else f"{amount(row['peak_gib'])}, "
+            tried = " ".join(filter(None, (place.name, fitting.flags(values))))
+            self._say(f"  tried {tried}: {peak}{'fits' if row['fits'] else why(row)}")
         return self._known[key]
 
     def _ask(self, place: Place, values: Values) -> dict:
@@ -331,13 +401,13 @@ class Asker:
             config = fitting.changed(self.config, values)
             found = made_programs(config, place, [self.name.partition(":")[0]])
         except ValueError as error:
-            return refused | {"said": str(error)}
+            return refused | {"refused": f"cannot be: {error}"}
         program = next(p for p in found if p.stage == self.name)
         least = least_bytes(program)
         if least > place.hbm_bytes:
             return refused | {"peak_gib": least / GIB, "said": "models, optimizer, gradients and cache alone"}
         if self.compiled >= self._most:
-            return refused | {"said": f"not tried: {self._most} programs were compiled"}
+            return refused | {"refused": f"not asked, as {self._most} programs were compiled"}
         self.compiled += 1
         return measured_alone(config, place, program)
 
@@ -429,14 +499,14 @@ def search(config: Any, place: Place, program: programs.Program, say: Callable[[
 
 def describe_search(rows: Iterable[dict]) -> str:
     """The table of `search`."""
-    lines = [f"{'data x model':<16}{'rows':>6}{'GiB':>8}{'us per token':>14}{'MFU':>6}"]
+    lines = [f"{'data x model':<16}{'rows':>6}{'GiB':>11}{'us per token':>14}{'MFU':>6}"]
     for row in rows:
-        peak = "" if row["peak_gib"] is None else f"{row['peak_gib']:.2f}"
-        line = f"{row['data']:>5} x {row['model']:<8}{row['rows']:>6}{peak:>8}"
+        peak = "" if row["peak_gib"] is None else size(row["peak_gib"])
+        line = f"{row['data']:>5} x {row['model']:<8}{row['rows']:>6}{peak:>11}"
         if "mfu" in row:
             line += f"{1e6 * fitting.seconds_per_token(row):>14.3f}{row['mfu']:>6.0%}  {row['flags']}"
         else:
-            line += f"  {'' if row['fits'] else 'does not fit '}({row.get('said', '')})"
+            line += f"  ({row.get('said', '')})" if row["fits"] else f"  {why(row)}"
         lines.append(line)
     return "\n".join(lines)
 
@@ -468,7 +538,7 @@ def smallest(
                 f"the smallest slice is {topology}, {len(place.devices)} chips of {place.hbm_bytes / GIB:.2f} GiB; "
                 f"mesh data={shape['data']} x model={shape['model']}, with {typed or 'the config as it is'}"
             )
-            for line in (*map(describe, rows), *together(rows)):
+            for line in (head(place.hbm_bytes), *map(describe, rows), *together(rows)):
                 say(line)
             return {
                 "config": config.name, "topology": topology, "chips": len(place.devices), "mesh": shape,
@@ -514,6 +584,28 @@ def _all_fit(config: Any, place: Place, values: Values, stages, say) -> tuple[Va
 # ---------------------------------------------------------------------------------------------------------------- plan
 
 
+def check_asked(smallest: bool, search: bool, micro_batch: bool, remedies: bool | None, json: str | None) -> None:
+    """Before minutes of compiling.
+
+    Args:
+      smallest, search, micro_batch: whether a flag is given.
+      remedies: None where it is not.
+      json: the file to write, or None.
+
+    Raises:
+      ValueError: for what would be ignored, or could not be written.
+    """
+    instead = "--smallest" if smallest else "--search" if search else ""
+    others = {"--search": smallest and search, "--micro_batch": micro_batch, "--remedies": remedies is not None}
+    for name in [name for name, given in others.items() if instead and given]:
+        raise ValueError(f"{instead} is another question than {name}: ask one at a time")
+    if json and not files.is_remote(path := files.place(json)):
+        if not path.parent.is_dir():
+            raise ValueError(f"--json={path}: there is no folder {path.parent}; make it first")
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise ValueError(f"--json={path}: {'is a folder' if path.is_dir() else 'no file can be written there'}")
+
+
 def plan(
     config: Any,
     topology: str,
@@ -523,6 +615,7 @@ def plan(
     with_micro_batches: bool = False,
     with_search: bool = False,
     say: Callable[[str], None] = print,
+    keep: Callable[[dict[str, Any]], None] = lambda found: None,
 ) -> dict[str, Any]:
     """Compiles the programs of a config's stages, and prints a line for each as it is known.
 
@@ -534,38 +627,46 @@ def plan(
       with_micro_batches: also the largest micro-batch of each.
       with_search: instead of all that, ranks meshes and micro-batches.
       say: prints a line.
+      keep: is given what is known so far, whenever that is more.
 
     Raises:
       ValueError: for a topology or a stage that there is not, and a mesh that does not divide the devices.
     """
     place = slices.place_of(topology)
-    limit = f" of {place.hbm_bytes / GIB:.2f} per chip" if math.isfinite(place.hbm_bytes) else ""
+    if with_micro_batches and not math.isfinite(place.hbm_bytes):
+        raise ValueError("--micro_batch: the devices of this machine do not say how much they hold: name a slice")
     found: dict[str, Any] = {"config": config.name, "topology": topology, "chips": len(place.devices)}
     if with_search:
         if place.chip is None:
             raise ValueError("--search ranks by what chips can do at best: name a slice, as --topology=v4-128")
-        say(f"{config.name} on {topology}: {len(place.devices)} devices{limit and ', GiB' + limit}")
-        named = _on_any_mesh(config, place, stages)
-        found |= {"programs": [], "search": {program.stage: search(config, place, program, say) for program in named}}
-        for name, rows in found["search"].items():
-            say(f"{name}\n{describe_search(rows)}")
+        say(f"{config.name} on {topology}: {len(place.devices)} devices of {place.hbm_bytes / GIB:.2f} GiB")
+        found |= {"programs": [], "search": {}}
+        for program in _on_any_mesh(config, place, stages):
+            rows = found["search"][program.stage] = search(config, place, program, say)
+            keep(found)
+            say(f"{program.stage}: {program.batch} x {program.length} tokens\n{describe_search(rows)}")
         return found
     shape = dict(on_place(config, place).shape)
     say(
         f"{config.name} on {topology}: {len(place.devices)} devices, mesh data={shape['data']} x model={shape['model']}"
     )
-    if limit:
-        say(f"{'program':<28}{'GiB':>8} {limit}")
-    rows = measured(config, place, stages, say)
+    say(head(place.hbm_bytes))
+    found |= {"mesh": shape, "programs": []}
+
+    def add(row: dict[str, Any]) -> None:
+        found["programs"].append(row)
+        keep(found)
+
+    rows = measured(config, place, stages, say, add)
     for line in together(rows):
         say(line)
-    found |= {"mesh": shape, "programs": rows}
-    misfits = [row["name"] for row in rows if not row["fits"]]
+    misfits = [row["name"] for row in rows if not row["fits"] and "refused" not in row]
     if with_remedies and misfits:
         found["remedies"] = {}
         for name in misfits:
             say(f"what makes {name} fit:")
             made = found["remedies"][name] = remedy(config, place, name, say)
+            keep(found)
             if made is None:
                 say(f"{name}: nothing that was tried")
             else:
@@ -577,6 +678,7 @@ def plan(
         for program in made_programs(config, place, stages):
             most = micro_batch(config, place, program, say)
             found["micro_batches"].append(most)
+            keep(found)
             say(f"{most['name']}: {most['rows']} rows at a time on a device of the axis data, {most['batch']} on all")
     return found
 

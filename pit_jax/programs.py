@@ -40,12 +40,13 @@ class Program:
       function: jitted.
       arguments: arrays without values, in their layout on the mesh that is set.
       model_flops: operations that the mathematics asks for, on all devices together: no second forward pass of remat.
-      num_tokens: positions of a call.
+      batch, length: rows of a call, on all devices together, and positions of a row.
       while_trips: tokens that are sampled, at most; 0: none are.
       cache: keys and values that it makes room for.
       gradients: what they are taken of, at a time.
       beside: what lies on the devices while it runs and is no argument.
       shared: arguments that are held once and given twice.
+      epochs: how often a call reads its rows.
     """
 
     stage: str
@@ -54,12 +55,19 @@ class Program:
     function: Callable
     arguments: tuple
     model_flops: float
-    num_tokens: int
+    batch: int
+    length: int
     while_trips: int = 0
     cache: Any = None
     gradients: Any = None
     beside: tuple = ()
     shared: tuple = ()
+    epochs: int = 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions of a call."""
+        return self.epochs * self.batch * self.length
 
 
 def field(config: Any, path: str) -> Any:
@@ -178,9 +186,7 @@ class _Maker:
         passes = self.learn if adapted else LEARN
         flops = forward_flops(sizes, B, length, num_targets, passes=passes) * (2 if settings.unlikelihood else 1)
         state = self.state(module, optimizer, adapted)
-        return Program(
-            stage, path, model, step, (state, batch), flops, B * length, gradients=lora.trained(state.params)
-        )
+        return Program(stage, path, model, step, (state, batch), flops, B, length, gradients=lora.trained(state.params))
 
     def reward_model(self, stage: str) -> Program:
         """A group is one sequence: x, two candidates, and for R_PIT two answers behind each."""
@@ -194,7 +200,7 @@ class _Maker:
         flops = tree_flops(sizes, B, self.policy_prompt, self.answer, depth=2 if is_gap else 1, passes=self.learn)
         state = self.state(module, optimizer)
         return Program(
-            stage, stage, "reward_model", step, (state, batch), flops, B * T, gradients=lora.trained(state.params)
+            stage, stage, "reward_model", step, (state, batch), flops, B, T, gradients=lora.trained(state.params)
         )
 
     def rl(self, stage: str, model: str, path: str) -> list[Program]:
@@ -239,16 +245,16 @@ class _Maker:
         adapted = max((lora.trained(s.params) for s in (policy, value)), key=_size)
         return [
             Program(
-                f"{stage}: rollout", path, model, sample, (state, batch, self.key), sampled, B * (P + R), R,
+                f"{stage}: rollout", path, model, sample, (state, batch, self.key), sampled, B, P + R, R,
                 cache=self.cache(sizes, B, P + R), beside=(*held, *others),
             ),
             Program(
                 f"{stage}: reward", path, model, judge, (state, *frozen, batch, rollout), reads + scores + values,
-                B * (P + R), beside=others, shared=shared,
+                B, P + R, beside=others, shared=shared,
             ),
             Program(
                 f"{stage}: update", path, model, update, (state, *learning, number, self.key),
-                epochs * learnt, epochs * B * (P + R), gradients=adapted, beside=(*held, *others),
+                epochs * learnt, B, P + R, gradients=adapted, beside=(*held, *others), epochs=epochs,
             ),
         ]  # fmt: skip
 
@@ -276,7 +282,7 @@ class _Maker:
         arguments = self.params(module), PromptBatch(self.array(B, P), self.array(B)), self.key
         flops = forward_flops(sizes, B, P, 1) + forward_flops(sizes, B, R, R, start=P)
         cache = self.cache(sizes, B, P + R)
-        return Program(stage, path, model, generate, arguments, flops, B * (P + R), R, cache=cache)
+        return Program(stage, path, model, generate, arguments, flops, B, P + R, R, cache=cache)
 
     def dpo(self, stage: str, model: str, path: str) -> list[Program]:
         """Log-probs of ref_policy, read once, and the step."""
@@ -298,9 +304,9 @@ class _Maker:
         )
         read, state = dpo.jitted_log_probs(module, settings.chunk_size), self.state(module, optimizer)
         return [
-            Program(f"{stage}: log-probs", path, model, read, (self.params(module), batch), flops(READ), B * T),
+            Program(f"{stage}: log-probs", path, model, read, (self.params(module), batch), flops(READ), B, T),
             Program(
-                stage, path, model, step, (state, batch), flops(self.learn), B * T, gradients=lora.trained(state.params)
+                stage, path, model, step, (state, batch), flops(self.learn), B, T, gradients=lora.trained(state.params)
             ),
         ]  # fmt: skip
 

@@ -55,7 +55,14 @@ def make_mesh(data: int = 0, model: int = 1, devices=None) -> jax.sharding.Mesh:
       ValueError: where the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    data = data or max(len(devices) // model, 1)
+    if model > len(devices):
+        raise ValueError(
+            f"config.mesh.model={model} needs at least {model} devices, but there are {len(devices)}: take a larger "
+            f"slice, or --config.mesh.model={len(devices)} or less"
+        )
+    if not data and len(devices) % model:
+        raise ValueError(f"config.mesh.model={model} is no divisor of the {len(devices)} devices: take one that is")
+    data = data or len(devices) // model
     if data * model != len(devices):
         raise ValueError(
             f"mesh.data={data} x mesh.model={model} needs {data * model} devices, but there are {len(devices)}: "

@@ -50,7 +50,7 @@ SLICES = {
 """TensorCores -> chips along each axis, of v4 and v5p: the usual shape of a slice of that size."""
 
 FLAT_SLICES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-"""Of v5e and v6e."""
+"""Of v5e and v6e: their sizes in Cloud's names are numbers of chips."""
 
 
 def rings(axes: tuple[int, ...]) -> tuple[bool, ...]:
@@ -64,17 +64,22 @@ def rings(axes: tuple[int, ...]) -> tuple[bool, ...]:
 
 
 def slice_name(text: str) -> tuple[str, tuple[int, ...]]:
-    """Kind and chips along each axis: ("v4", (4, 4, 4)) for "v4:4x4x4" and for "v4-128".
+    """Kind and chips along each axis: ("v4", (4, 4, 4)) for "v4:4x4x4" and "v4-128", v5e's 4 x 4 for "v5litepod-16".
 
     Raises:
       ValueError: for others.
     """
-    advice = "use v4:4x4x4, v5p:2x2x2, v5e:4x4, v6e:4x4 (chips along each axis), v4-128 (TensorCores) or local"
-    if found := re.fullmatch(r"(v4|v5p)-(\d+)", text):
-        if int(found[2]) not in SLICES:
-            sizes = ", ".join(map(str, SLICES))
-            raise ValueError(f"--topology={text}: slices of {found[1]} are known with {sizes} TensorCores, or {advice}")
-        text = f"{found[1]}:{SLICES[int(found[2])]}"
+    advice = (
+        "use v4:4x4x4, v5p:2x2x2, v5e:4x4, v6e:4x4 (chips along each axis), Cloud's v4-128, v5p-8 (TensorCores), "
+        "v5litepod-16, v6e-16 (chips), or local"
+    )
+    if found := re.fullmatch(r"(v4|v5p|v5e|v5litepod|v6e)-(\d+)", text):
+        kind, number = found[1].replace("v5litepod", "v5e"), int(found[2])
+        of = {"v4": SLICES, "v5p": SLICES}.get(kind) or {math.prod(map(int, s.split("x"))): s for s in FLAT_SLICES}
+        if number not in of:
+            what, sizes = "TensorCores" if of is SLICES else "chips", ", ".join(map(str, of))
+            raise ValueError(f"--topology={text}: slices of {kind} are known with {sizes} {what}, or {advice}")
+        text = f"{kind}:{of[number]}"
     kind, _, shape = text.partition(":")
     if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
         raise ValueError(f"--topology={text!r}: {advice}")
@@ -148,6 +153,8 @@ def kind_of(topology: str) -> str:
     Raises:
       ValueError: for others, as the devices of this machine.
     """
+    if topology == "local":
+        raise ValueError("--topology=local has one size: name the chips, as --topology=v4-8")
     return slice_name(topology)[0]
 
 

@@ -78,7 +78,11 @@ def gradients(
     else:
 
         def split(x):  # rows i, i + A, ... stay on their device
-            return jnp.moveaxis(x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:]), 1, 0)
+            batch, *rest = jax.typeof(x).sharding.spec
+            # Said, as of pieces of one row JAX would take the axis of the pieces for that of the batch.
+            spec = None if jax.sharding.get_abstract_mesh().empty else jax.P(batch, None, *rest)
+            shape = x.shape[0] // accumulation, accumulation, *x.shape[1:]
+            return jnp.moveaxis(jnp.reshape(x, shape, out_sharding=spec), 1, 0)
 
         pieces = jax.tree.map(split, batch)
         first = jax.tree.map(lambda x: x[0], pieces)

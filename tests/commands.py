@@ -18,7 +18,7 @@ def run(*arguments, cache=None, **more):
     return subprocess.run(command, **(settings | {"cwd": ROOT, "env": environment(cache)} | more))
 
 
-def start(*arguments, cache, log):
+def start(*arguments, log, cache=None):
     """The same, and goes on; what it prints is in a file."""
     with open(log, "w") as file:
         command = [sys.executable, *map(str, arguments)]

@@ -15,7 +15,7 @@ import optax
 import pytest
 from commands import run as run_command
 
-from pit_jax import checkpoint, files, train_state
+from pit_jax import checkpoint, files, processes, train_state
 
 ROOT = Path(__file__).parent.parent
 
@@ -160,8 +160,9 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_taken(tmp_path,
     for step, tree in trees.items():
         checkpoint.save(tmp_path, step, tree)
     DAMAGE[kind](tmp_path / "2")
-    with pytest.warns(UserWarning, match=rf"{tmp_path.name}/2 is damaged"):
+    with pytest.warns(UserWarning, match=rf"{tmp_path.name}/2 is damaged") as warned:
         step, tree = checkpoint.restore_latest(tmp_path, trees[1])
+    assert str(warned[0].message).endswith("\nThe checkpoint before it is taken.")
     assert step == 1
     _assert_same(tree, trees[1])
     with pytest.raises(checkpoint.DamagedError, match="2 is damaged"):
@@ -171,14 +172,27 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_taken(tmp_path,
     _assert_same(checkpoint.restore(tmp_path, 2, trees[1]), trees[2])
 
 
+def test_of_a_page_on_damage_the_first_line_is_said(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, 1, {"w": jnp.zeros(3)})
+
+    def load(*_):
+        raise ValueError("NOT_FOUND: w/c/0\n" + 80 * "a line of TensorStore\n")
+
+    monkeypatch.setattr(checkpoint.ocp, "load", load)
+    with pytest.raises(checkpoint.DamagedError) as raised:
+        checkpoint.restore(tmp_path, 1, {"w": jnp.zeros(3)})
+    assert str(raised.value) == f"checkpoint {tmp_path}/1 is damaged: ValueError: NOT_FOUND: w/c/0"
+
+
 def test_all_damaged_is_an_error_and_not_a_new_start(tmp_path):
     checkpoint.save(tmp_path, 1, {"w": jnp.zeros(3)})
     (tmp_path / "1" / "manifest.json").unlink()
     with (
-        pytest.warns(UserWarning),
+        pytest.warns(UserWarning) as warned,
         pytest.raises(ValueError, match=r"all checkpoints in .* are damaged \(steps \[1\]\)"),
     ):
         checkpoint.restore_latest(tmp_path, {"w": jnp.zeros(3)})
+    assert "1 is damaged" in str(warned[0].message) and "before it" not in str(warned[0].message)
 
 
 CHILD = """
@@ -378,6 +392,28 @@ except checkpoint.SaveError as error:
     assert "that of step 3 is kept" in result.stdout and "disk full" in result.stdout
     assert [entry.name for entry in tmp_path.iterdir()] == ["3"], "the space is given back"
     np.testing.assert_array_equal(checkpoint.restore(tmp_path, 3, {"x": np.zeros(10)})["x"], np.ones(10))
+
+
+@pytest.mark.parametrize(
+    ("several", "error", "message"),
+    [
+        (True, TimeoutError("Timeout waiting at barrier: heartbeat timeout\nof 1"), "Another process is gone: look at"),
+        (True, RuntimeError("UNAVAILABLE: failed to connect"), "The same command goes on, for all of them"),
+        (True, OSError("No space left on device"), "Is the disk full"),
+        (False, TimeoutError("barrier"), "Is the disk full"),
+    ],
+)
+def test_why_a_checkpoint_is_not_written(tmp_path, monkeypatch, several, error, message):
+    """Behind what Orbax makes of it."""
+    monkeypatch.setattr(processes, "are_several", lambda: several)
+    with pytest.raises(checkpoint.SaveError) as raised, checkpoint.Saver(tmp_path)._explained(4):
+        try:
+            raise error
+        except Exception as cause:
+            raise ValueError("the save failed\nas follows") from cause
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+    assert ("disk" in str(raised.value)) != ("process" in str(raised.value))
+    assert "(ValueError: the save failed); there is none before it." in str(raised.value)
 
 
 @pytest.mark.parametrize("where", ["folder", "bucket"])

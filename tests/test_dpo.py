@@ -386,7 +386,7 @@ def step_on(shape, accumulation=1):
         return (jax.device_get(metrics), data.ref_log_probs), gradient
 
 
-@pytest.mark.parametrize(("shape", "accumulation"), [((4, 2), 1), ((8, 1), 2)])
+@pytest.mark.parametrize(("shape", "accumulation"), [((4, 2), 1), ((8, 1), 2), ((1, 2), 16)])
 def test_loss_and_gradients_do_not_depend_on_the_mesh(shape, accumulation):
     numbers, gradient = step_on(shape, accumulation)
     expected, expected_gradient = step_on((1, 1))

@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SECRETS = {"OPENAI_API_KEY": "sk-not-to-be-seen", "HF_TOKEN": "hf-not-to-be-seen", "PIT_PASSWORD": "pit-not-to-be-seen"}
 SLICE = {"NAME": "pit", "ZONE": "us-central2-b", "TYPE": "v4-64"}
+SHARE = {"SHARE": "10.0.0.2:/pit"}
 QUEUED = ["gcloud", "compute", "tpus", "queued-resources"]
 VM = ["gcloud", "compute", "tpus", "tpu-vm"]
 STATE = [*QUEUED, "list", "--zone=us-central2-b", '--filter=name~"(^|/)pit$"', "--format=value(state.state)"]
@@ -90,6 +91,8 @@ def checkout(tmp_path, fakes):
     """A copy of launch/ with a Python that trains nothing."""
     root = tmp_path / "check out"
     shutil.copytree(ROOT / "launch", root / "launch")
+    (root / "configs").mkdir()
+    (root / "configs/pit_llama2.py").touch()
     (root / ".venv/bin").mkdir(parents=True)
     add_python(fakes, root, "exit 0")
     return root
@@ -197,8 +200,8 @@ def test_tpu_vm_prints_an_installation_and_the_first_round_of_keep():
     assert printed(launch("tpu_vm.sh", "--dry-run", "install", **SLICE, **share)) == install(
         share=r" 10.0.0.2:/my\ pit"
     )
-    assert printed(launch("tpu_vm.sh", "--dry-run", "keep", *TRAIN, **SLICE)) == [
-        *(STATE, CREATE, STATE, *install(), START, STATUS)
+    assert printed(launch("tpu_vm.sh", "--dry-run", "keep", *TRAIN, **SLICE, **share)) == [
+        *(STATE, CREATE, STATE, *install(share=r" 10.0.0.2:/my\ pit"), START, STATUS)
     ]
     start = ssh(f"bash pit_jax/launch/worker.sh start {' '.join(BUCKET)}")
     assert printed(launch("tpu_vm.sh", "--dry-run", "keep", *BUCKET, **SLICE)) == [
@@ -223,7 +226,17 @@ def test_arguments_come_through_the_shell_of_a_worker_as_they_were_typed(tmp_pat
         (["create"], {"ZONE": ""}, "Set ZONE:"),
         (["run", *TRAIN], {"TYPE": ""}, "Set TYPE:"),
         (["create"], {"NAME": "Pit;"}, "NAME=Pit;: small letters"),
+        (["create"], {"NAME": "pit-"}, "NAME=pit-: small letters"),
         (["create"], {"TYPE": "v4:4x4x4"}, "as in v4-64"),
+        (["create"], {"TYPE": "v4-7"}, "TYPE=v4-7: v4 has multiples of 8"),
+        (["--dry-run", "create"], {"TYPE": "v5p-12"}, "TYPE=v5p-12: v5p has multiples of 8"),
+        (["create"], {"TYPE": "v5e-16"}, "Cloud TPU names it v5litepod-16"),
+        (["create"], {"TYPE": "v5litepod-12"}, "v5litepod has 1, 4, 8, 16,"),
+        (["create"], {"TYPE": "v9x-16"}, "Set VERSION"),
+        (["install"], {"SHARE": "10.0.0.2"}, "SHARE=10.0.0.2: ADDRESS:/PATH"),
+        (["--dry-run", "install"], {"SHARE": "/mnt/share"}, "SHARE=/mnt/share: ADDRESS:/PATH"),
+        (["keep", *TRAIN], {**SHARE, "RETRIES": "many"}, "RETRIES=many is no number from 0 on"),
+        (["keep", *TRAIN], {}, "--workdir=/mnt/pit/runs/7b is on no share: set SHARE=ADDRESS:/PATH"),
         (["crate"], {}, "There is no command crate."),
         (["create", "--spot"], {}, "takes no arguments, but there is --spot"),
         (["fetch", "a"], {}, "fetch REMOTE LOCAL"),
@@ -245,6 +258,22 @@ def test_tpu_vm_refuses_before_it_calls_anything(fakes, arguments, more, message
     assert message in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("kind", "version"),
+    [
+        ("v5litepod-16", "v2-alpha-tpuv5-lite"),
+        ("v5p-8", "v2-alpha-tpuv5"),
+        ("v6e-1", "v2-alpha-tpuv6e"),
+        ("v3-8", "tpu-ubuntu2204-base"),
+    ],
+)
+def test_each_kind_of_slice_has_a_runtime_of_its_own(kind, version):
+    command, _ = printed(launch("tpu_vm.sh", "--dry-run", "create", **SLICE | {"TYPE": kind}))
+    assert command[-2:] == [f"--accelerator-type={kind}", f"--runtime-version={version}"]
+    command, _ = printed(launch("tpu_vm.sh", "--dry-run", "create", **SLICE | {"TYPE": kind}, VERSION="mine"))
+    assert command[-1] == "--runtime-version=mine"
+
+
 def test_one_worker_may_have_the_workdir_on_its_own_disk():
     (command,) = printed(
         launch("tpu_vm.sh", "--dry-run", "run", "--config=a", "--workdir=runs/a", **SLICE | {"TYPE": "v4-8"})
@@ -262,13 +291,25 @@ def test_a_late_dry_run_is_no_argument_of_the_training(fakes, checkout, script):
     assert "--dry-run stands before the other arguments" in result.stderr
 
 
-def test_help_is_the_head_of_the_file():
-    for script in ("tpu_vm.sh", "gke_job.sh"):
-        result = launch(script, "--help")
-        assert result.returncode == 0
-        assert result.stdout.count("\n") > 15
-        assert "--dry-run" in result.stdout
-        assert "set -euo" not in result.stdout
+@pytest.mark.parametrize("script", ["tpu_vm", "gke_job", "local", "slurm", "demo", "test", "bench", "worker"])
+def test_help_is_the_head_of_the_file_and_nothing_is_done(fakes, checkout, script):
+    for name in ("gcloud", "xpk", "sbatch", "srun"):
+        fakes.add(name)
+    for flag in ("--help", "-h"):
+        result = launch(f"{script}.sh", flag, fakes=fakes, root=checkout)
+        assert (result.returncode, fakes.calls(), result.stderr) == (0, [], "")
+        first, *_ = result.stdout.splitlines()
+        assert first == (ROOT / f"launch/{script}.sh").read_text().splitlines()[1].removeprefix("# ")
+        assert f"launch/{script}.sh" in result.stdout and "set -euo" not in result.stdout
+        assert not [line for line in result.stdout.splitlines() if line.startswith(("#", "SBATCH"))]
+
+
+def test_the_demo_prints_what_it_would_run(fakes, checkout):
+    python = [str(checkout / ".venv/bin/python"), "-m", "pit_jax.train"]
+    demo = [*python, "--config=configs/pit_synthetic.py", "--workdir=runs/demo", "--config.seed=1"]
+    assert printed(launch("demo.sh", "--dry-run", "--config.seed=1", fakes=fakes, root=checkout)) == [demo]
+    result = launch("test.sh", "--dry-run", fakes=fakes, root=checkout)
+    assert (result.returncode, fakes.calls()) == (1, []) and "has no --dry-run" in result.stderr
 
 
 def cloud(fakes, states, said=("pit_jax: ended 0",), create="", more=""):
@@ -352,13 +393,13 @@ GOES_ON = "install start".split()
 )
 def test_keep(fakes, states, said, status, expected):
     cloud(fakes, states, said or ["exit 1"])
-    result = launch("tpu_vm.sh", "keep", *TRAIN, fakes=fakes, **SLICE, POLL="0")
+    result = launch("tpu_vm.sh", "keep", *TRAIN, fakes=fakes, **SLICE, **SHARE, POLL="0")
     assert (result.returncode, kinds(fakes)) == (status, expected), result.stderr
 
 
 def test_keep_asks_for_a_slice_once_where_there_is_no_quota(fakes):
     cloud(fakes, [""], create="echo 'Quota exceeded' >&2; exit 1")
-    result = launch("tpu_vm.sh", "keep", *TRAIN, fakes=fakes, **SLICE)
+    result = launch("tpu_vm.sh", "keep", *TRAIN, fakes=fakes, **SLICE, **SHARE)
     assert (result.returncode, kinds(fakes)) == (1, ["create"])
     assert "Quota exceeded" in result.stderr
     assert "The slice was not asked for" in result.stderr
@@ -370,14 +411,14 @@ def test_keep_tries_again_where_a_slice_is_not_deleted(fakes, refusals, status, 
     states = ["SUSPENDED"] * (refusals + 1) + ["ACTIVE"]
     does = 'echo >>"$FAKES/tried"; [ "$(wc -l <"$FAKES/tried")" -gt ' + f"{refusals} ] || exit 1"
     cloud(fakes, states, ["pit_jax: ended 0"], more=f'*"queued-resources delete"*) {does} ;;')
-    result = launch("tpu_vm.sh", "keep", *TRAIN, fakes=fakes, **SLICE, POLL="0")
+    result = launch("tpu_vm.sh", "keep", *TRAIN, fakes=fakes, **SLICE, **SHARE, POLL="0")
     assert (result.returncode, kinds(fakes)) == (status, ["delete"] * deletions), result.stderr
 
 
 @needs_git
 def test_keep_ends_where_the_installation_fails_each_time(fakes):
     cloud(fakes, ["ACTIVE"], ["pit_jax: absent"], more='*" scp "*) exit 1 ;;')
-    result = launch("tpu_vm.sh", "keep", *TRAIN, fakes=fakes, **SLICE, RETRIES="1")
+    result = launch("tpu_vm.sh", "keep", *TRAIN, fakes=fakes, **SLICE, **SHARE, RETRIES="1")
     assert (result.returncode, kinds(fakes)) == (1, [])
     assert "failed 2 times" in result.stderr
 
@@ -569,10 +610,24 @@ def test_local_prints_what_it_would_run(fakes, checkout):
     assert fakes.calls() == []
 
 
-@pytest.mark.parametrize(("arguments", "more"), [([], {}), (TRAIN, {"PROCESSES": "two"}), (TRAIN, {"PROCESSES": "0"})])
-def test_local_refuses(fakes, checkout, arguments, more):
-    result = launch("local.sh", *arguments, fakes=fakes, root=checkout, **more)
-    assert (result.returncode, fakes.calls()) == (1, [])
+WRONG_RUNS = [
+    ([], {}, "What is to be run?"),
+    (TRAIN[:1], {}, "--workdir= is missing"),
+    (TRAIN[1:], {}, "--config= is missing"),
+    ([TRAIN[0], "--workdir="], {}, "--workdir= is empty"),
+    (["--config=configs/pit_lama2.py:7b", TRAIN[1]], {}, "There is no config file configs/pit_lama2.py in"),
+]
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+@pytest.mark.parametrize(
+    ("arguments", "more", "message"),
+    [*WRONG_RUNS, (TRAIN, {"PROCESSES": "two"}, "PROCESSES=two"), (TRAIN, {"PROCESSES": "0"}, "PROCESSES=0")],
+)
+def test_local_refuses(fakes, checkout, dry, arguments, more, message):
+    result = launch("local.sh", *dry, *arguments, fakes=fakes, root=checkout, **more)
+    assert (result.returncode, fakes.calls(), result.stdout) == (1, [], "")
+    assert message in result.stderr
 
 
 def test_another_extra_is_installed_beside_what_is_there(fakes, checkout):
@@ -644,11 +699,21 @@ def test_slurm_options_of_the_file():
         assert f"\n#SBATCH {option}\n" in head + "\n"
 
 
-@pytest.mark.parametrize(("arguments", "more"), [([], {}), (TRAIN, {"GPUS": "all"}), (TRAIN, {"NODES": "0"})])
-def test_slurm_refuses(fakes, arguments, more):
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+@pytest.mark.parametrize(
+    ("arguments", "more", "message"),
+    [
+        *WRONG_RUNS,
+        (TRAIN, {"GPUS": "all"}, "GPUS=all"),
+        (TRAIN, {"NODES": "0"}, "NODES=0"),
+        (TRAIN, {"CPUS": "0"}, "CPUS=0 is no number from 1 on"),
+    ],
+)
+def test_slurm_refuses(fakes, checkout, dry, arguments, more, message):
     fakes.add("sbatch")
-    assert launch("slurm.sh", *arguments, fakes=fakes, **more).returncode == 1
-    assert fakes.calls() == []
+    result = launch("slurm.sh", *dry, *arguments, fakes=fakes, root=checkout, **more)
+    assert (result.returncode, fakes.calls(), result.stdout) == (1, [], "")
+    assert message in result.stderr
 
 
 CLUSTER = {"CLUSTER": "c", "TYPE": "v4-64", "NAME": "pit-7b"}
@@ -778,6 +843,12 @@ def test_a_gke_run_with_its_workdir_in_a_bucket():
         (["run", *TRAIN], {"NAME": ""}, "Set NAME:"),
         (["create"], {"CLUSTER": ""}, "Set CLUSTER:"),
         (["creat"], {}, "There is no command creat."),
+        (["run", *TRAIN], {"NAME": "Pit;"}, "NAME=Pit;: small letters"),
+        (["--dry-run", "create"], {"TYPE": "v4-7"}, "TYPE=v4-7: v4 has multiples of 8"),
+        (["run", *TRAIN], {"RESTARTS": "-1"}, "RESTARTS=-1 is no number from 0 on"),
+        (["storage"], {"SIZE": "1TB"}, "SIZE=1TB is no number from 2560 on"),
+        (["storage"], {"SIZE": "100"}, "SIZE=100 is no number from 2560 on"),
+        (["create"], {"SLICES": "0"}, "SLICES=0 is no number from 1 on"),
         (["delete", "all"], {}, "takes no arguments"),
         (["run", "--config=a"], {}, "--workdir= is missing"),
         (["run", "--config=a", "--workdir=runs/a"], {}, "--workdir=runs/a is lost"),

@@ -1,16 +1,20 @@
 """Planning without hardware: names of slices, what programs hold, and the programs of every config."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 import re
+import signal
+import threading
+import time
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import run
+from commands import run, start
 from test_transformer import config_files
 
 from pit_jax import config as config_lib, cost, fitting, optimizers, planner, programs, sharding, slices, train_state
@@ -29,6 +33,9 @@ TINY = ModelConfig(vocab_size=64, num_layers=2, d_model=16, num_heads=4, num_kv_
         ("v4-128", "v4", (4, 4, 4)),
         ("v5p-512", "v5p", (4, 8, 8)),
         ("v5e:4x4", "v5e", (4, 4)),
+        ("v5litepod-16", "v5e", (4, 4)),
+        ("v5e-8", "v5e", (2, 4)),
+        ("v6e-256", "v6e", (16, 16)),
     ],
 )
 def test_names_of_slices(text, kind, axes):
@@ -51,7 +58,8 @@ def test_usual_slices_from_the_smallest_on():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("v4-100", "known with 8, 16"),
+        ("v4-100", "known with 8, 16, .* TensorCores"),
+        ("v5litepod-12", "slices of v5e are known with 1, 4, 8, 16, .* chips"),
         ("v3:2x2", "use v4:4x4x4"),
         ("v4:2x2", "v4 has 3 axes"),
         ("v5e:4x4x4", "v5e has 2 axes"),
@@ -107,7 +115,7 @@ def test_what_a_step_holds(one_device, rank):
     number = sum(x.size for x in jax.tree.leaves(common.shapes(model)))
     adapters = 2 * (16 * rank + rank * 16)
     arguments = (state, maker.params(model), maker.array(4, 6), maker.key)
-    found = planner.held(programs.Program("sft", "sft", "policy_model", None, arguments, 0.0, 0))
+    found = planner.held(programs.Program("sft", "sft", "policy_model", None, arguments, 0.0, 4, 6))
     scales = 2 if rank else 0  # of each layer
     assert found["parameters"] == 4 * (2 * number + adapters + scales)
     assert found["optimizer"] == pytest.approx(4 * 2 * (adapters if rank else number), abs=64)  # and counters
@@ -216,12 +224,12 @@ def test_rows_that_a_mesh_does_not_divide(values, stage, message):
 
 def test_what_the_compiler_says_of_a_program_that_does_not_fit():
     text = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 41.25G of 30.75G hbm. Exceeded by 10.5G."
-    assert planner.needed(RuntimeError(text)) == (41.25, "Used 41.25G of 30.75G hbm")
+    assert planner.needed(RuntimeError(text)) == (41.25, "needs 41.25 GiB of the 30.75 of a chip")
     text = (
         "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
         "temporaries (512.00M) exceeds available HBM (15.75G). HLO module: jit_step."
     )
-    said = "HLO temporaries (512.00M) exceeds available HBM (15.75G)"
+    said = "its temporaries alone need 0.50 GiB of the 15.75 of a chip"
     assert planner.needed(RuntimeError(text), given=2.0) == (2.5, said)
     assert planner.needed(RuntimeError("RESOURCE_EXHAUSTED: no\nmore")) == (None, "RESOURCE_EXHAUSTED: no")
 
@@ -304,7 +312,78 @@ def test_a_plan_of_this_machine(tmp_path):
     (row,) = json.loads(out.read_text())["programs"]
     assert row["name"] == "r_p" and row["fits"] and 0 < row["peak_gib"] < 1
     assert row["peak_gib"] == pytest.approx(sum(row["parts"].values()))
+    assert json.loads(out.read_text())["finished"]
     assert row["flops"] > 0 and row["bytes"] > 0 and row["collectives"] == []
+
+
+def test_what_a_line_of_the_table_says():
+    """Sizes are GiB, but where these would be 0.00; seconds likewise."""
+    gib = {"parameters": 1.5, "optimizer": 0.0, "batch": 3 / 1024}
+    row = {"name": "srt", "batch": 48, "length": 4096, "fits": True, "peak_gib": 1.503, "parts": gib, "mfu": 0.5}
+    row |= {"seconds": 0.0042, "seconds_of": {"compute": 0.0042, "memory": 0.0}, "seconds_without_overlap": 0.0142}
+    row |= {"collectives": [{"kind": "all-gather", "bytes": 2**20, "group": 4}]}
+    top, *rest = planner.describe(row).splitlines()
+    assert top.split("  (")[0].split() == "srt 48 x 4096 1.50".split()
+    assert top.endswith("(parameters 1.50, optimizer 0.00, batch 3 MiB)")
+    assert planner.head(2 * slices.GIB).index("GiB") == top.index("1.50") + 1, "columns have a head"
+    assert [line.strip() for line in rest] == [
+        "4.2 ms at best, MFU 50% (compute 4.2 ms, memory 0.000 s; one after the other 0.014 s)",
+        "all-gather 1 MiB over 4",
+    ]
+    row |= {"fits": False, "said": "needs 41.25 GiB of the 30.75 of a chip"}
+    assert "does NOT fit (needs 41.25 GiB of the 30.75 of a chip; parameters 1.50" in planner.describe(row)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((True, True, False, None, None), "--smallest is another question than --search: ask one at a time"),
+        ((True, False, True, None, None), "--smallest is another question than --micro_batch"),
+        ((False, True, True, None, None), "--search is another question than --micro_batch"),
+        ((False, True, False, False, None), "--search is another question than --remedies"),
+        ((False, False, False, None, "no/plan.json"), "there is no folder {}/no"),
+        ((False, False, False, None, ""), "--json={}: is a folder"),
+    ],
+)
+def test_what_is_refused_before_anything_is_compiled(tmp_path, given, message):
+    *asked, json_file = given
+    with pytest.raises(ValueError, match=re.escape(message.format(tmp_path))):
+        planner.check_asked(*asked, None if json_file is None else str(tmp_path / json_file))
+
+
+def test_what_may_be_asked_together(tmp_path):
+    planner.check_asked(False, False, True, False, f"{tmp_path}/plan.json")
+    planner.check_asked(True, False, False, None, "plan.json")
+    planner.check_asked(False, True, False, None, "gs://bucket/plan.json")
+
+
+def test_words_that_are_no_flags():
+    done = run("-m", "pit_jax.plan", "--config=configs/pit_synthetic.py:smoke", "--topology=local", "r_p", "dpo")
+    assert done.returncode == 2
+    assert done.stderr == "error: unknown arguments r_p dpo; fields are set as --config.FIELD=VALUE\n"
+
+
+@pytest.mark.parametrize(("number", "topology"), [(signal.SIGTERM, "v4:2x2x1"), (signal.SIGINT, "local")])
+def test_a_plan_that_is_stopped_keeps_what_it_knows(tmp_path, number, topology):
+    """At once, though the compiler is at work and libtpu, where it is installed, has handlers of its own."""
+    out, log = tmp_path / "plan.json", tmp_path / "log"
+    there = topology if importlib.util.find_spec("libtpu") else "local"
+    what = ("--config=configs/pit_synthetic.py:smoke", "--stages=r_p,r_pit,rl_pit", f"--topology={there}")
+    process = start("-m", "pit_jax.plan", *what, f"--json={out}", log=log)
+    try:
+        for _ in range(1200):
+            if out.exists():
+                break
+            time.sleep(0.1)
+        process.send_signal(number)
+        assert process.wait(10) == 128 + number
+    finally:
+        process.kill()
+    *_, line = log.read_text().splitlines()
+    assert line == f"{signal.Signals(number).name}: the plan is not finished; what is known so far is in {out}"
+    assert "Stack Trace" not in log.read_text() and "Traceback" not in log.read_text()
+    found = json.loads(out.read_text())
+    assert found["programs"][0]["name"] == "r_p" and not found["finished"]
 
 
 def slice_of_cpus(name, num, hbm_bytes):
@@ -318,7 +397,29 @@ def sft_row():
     lines: list[str] = []
     (row,) = planner.measured(SMALL, slice_of_cpus("v4:2x2x1", 4, math.inf), ["sft_policy"], lines.append)
     assert lines == [planner.describe(row)]
+    # A prompt of 16 tokens, 32 of a template and an answer of 8.
+    assert (row["batch"], row["length"], row["tokens"]) == (32, 56, 32 * 56)
     return row
+
+
+def test_rows_come_in_the_order_of_the_stages(monkeypatch):
+    """Though the first takes longest; and one that does not compile keeps no other from being said."""
+    another = threading.Event()
+
+    def measure(made, place):
+        if made.program.stage == "sft_policy":
+            assert another.wait(60)
+        another.set()
+        if made.program.stage == "sft_pit":
+            raise RuntimeError("no such kernel\nas said above")
+        return {"name": made.program.stage, "batch": 1, "length": 1, "fits": True, "peak_gib": 1.0}
+
+    monkeypatch.setattr(planner, "lowered", lambda program: types.SimpleNamespace(program=program))
+    monkeypatch.setattr(planner, "measure", measure)
+    lines: list[str] = []
+    planner.measured(SMALL, slice_of_cpus("v4:2x2x1", 4, math.inf), ["r_p", "sft_policy", "sft_pit"], lines.append)
+    assert [line.split()[0] for line in lines] == ["sft_policy", "sft_pit", "r_p"]
+    assert lines[1].split()[1:] == "32 x 64 does not compile: no such kernel".split()
 
 
 def test_the_bound_is_the_longest_of_three(sft_row):
@@ -336,7 +437,9 @@ def test_what_is_given_and_not_read_is_held_too():
             (n,), jnp.float32, sharding=jax.NamedSharding(jax.sharding.get_mesh(), jax.P(None))
         )
         read = jax.jit(lambda params, x: x + params["w"][0])
-        program = programs.Program("r", "r_p", "reward_model", read, ({"w": on(10), "rest": on(1000)}, on(4)), 1.0, 1)
+        program = programs.Program(
+            "r", "r_p", "reward_model", read, ({"w": on(10), "rest": on(1000)}, on(4)), 1.0, 4, 1
+        )
         row = planner.measure(planner.lowered(program), place)
     assert row["parts"]["parameters"] * slices.GIB == 4 * 1010
     assert row["parts"]["temporaries"] >= 0 and row["peak_gib"] * slices.GIB >= 4 * (1010 + 4 + 4)
@@ -398,7 +501,14 @@ def by_hand(monkeypatch):
         rows = config.sft_policy.batch_size / config.sft_policy.accumulation / planner.axes_of(config, place, {})[0]
         size = planner.least_bytes(program) + rows * ROW * SHARE[config.policy_model.remat]
         asked.append(rows)
-        row = {"name": program.stage, "fits": size <= place.hbm_bytes, "peak_gib": size / slices.GIB, "mfu": 0.5}
+        row = {
+            "name": program.stage,
+            "batch": 32,
+            "length": 56,
+            "fits": size <= place.hbm_bytes,
+            "peak_gib": size / slices.GIB,
+            "mfu": 0.5,
+        }
         return row | {"seconds": config.mesh.model / rows, "tokens": 1, "parts": {}, "seconds_of": {}, "said": "no",
                       "seconds_without_overlap": 0.0, "collectives": []}  # fmt: skip
 
@@ -430,6 +540,25 @@ def test_what_makes_a_program_fit(by_hand, room, values):
     assert found["row"]["fits"] and found["flags"] == fitting.flags(values)
     assert len(lines) == len(by_hand) <= 8
     assert lines[0].startswith("  tried v4:2x2x1 --config.sft_policy.accumulation=8 --config.policy_model.remat=full")
+
+
+def test_a_candidate_that_does_not_compile_is_told_and_others_are_tried(monkeypatch):
+    """As where a library refuses what it is given: not the mistake of who plans."""
+
+    def lowered(program):
+        raise TypeError("one and\nanother line")
+
+    monkeypatch.setattr(planner, "lowered", lowered)
+    lines: list[str] = []
+    place = slice_of_cpus("v4:2x2x1", 4, math.inf)
+    assert planner.remedy(SMALL, dataclasses.replace(place, chip=None), "sft_policy", lines.append) is None
+    values = "--config.sft_policy.accumulation=8 --config.policy_model.remat=full --config.sft_policy.chunk_size=32"
+    assert lines[0] == f"  tried v4:2x2x1 {values}: does not compile: one and"
+    assert len(lines) == 2  # the other mesh of four devices
+    config = dataclasses.replace(SMALL, sft_policy=dataclasses.replace(SMALL.sft_policy, batch_size=30))
+    row = planner.Asker(config, "sft_policy", lines.append)(place, {})
+    assert lines[2].startswith("  tried v4:2x2x1: cannot be: config.sft_policy.batch_size=30 is no multiple")
+    assert "cannot be: config" in planner.describe_search([row | {"data": 4, "model": 1, "rows": 8}])
 
 
 def test_a_larger_slice_where_nothing_else_will_do(by_hand, monkeypatch):
@@ -511,3 +640,7 @@ def test_what_cannot_be_planned(topology, stages, model, message):
         planner.plan(config, topology, stages)
     with pytest.raises(ValueError, match="--search ranks by what chips can do"):
         planner.plan(config, "local", with_search=True)
+    with pytest.raises(ValueError, match="--micro_batch: the devices of this machine do not say how much they hold"):
+        planner.plan(config, "local", with_micro_batches=True)
+    with pytest.raises(ValueError, match="--topology=local has one size: name the chips"):
+        slices.kind_of("local")

@@ -61,6 +61,9 @@ def step_of(name):
         return POLICY, sft.make_train_step(POLICY, SGD, unlikelihood=0.5, num_targets=12, chunk_size=4), packed_batch()
     if name == "sft_accumulated":
         return POLICY, sft.make_train_step(POLICY, SGD, unlikelihood=0.5, accumulation=2), packed_batch()
+    if name == "sft_row_by_row":
+        step = sft.make_train_step(POLICY, SGD, unlikelihood=0.5, num_targets=12, chunk_size=4, accumulation=16)
+        return POLICY, step, packed_batch()
     if name == "r_pit":
         return SCORER, reward_model.make_train_step(SCORER, SGD, loss="gap"), groups(4)
     return SCORER, reward_model.make_train_step(SCORER, SGD, loss="gap", accumulation=2), groups(4)
@@ -92,9 +95,12 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(name, shape):
     assert_close(one_step(name, shape), (metrics, gradients))
 
 
-@pytest.mark.parametrize("name", ["sft", "r_pit"])
-def test_accumulation_on_a_mesh(name):
-    metrics, gradients = one_step(f"{name}_accumulated", (4, 2))
+@pytest.mark.parametrize(
+    ("name", "pieces", "shape"),
+    [("sft", "accumulated", (4, 2)), ("sft", "row_by_row", (1, 2)), ("r_pit", "accumulated", (4, 2))],
+)
+def test_accumulation_on_a_mesh(name, pieces, shape):
+    metrics, gradients = one_step(f"{name}_{pieces}", shape)
     expected, expected_gradients = one_step(name, MESHES[0])
     assert_close((metrics["loss"], gradients), (expected["loss"], expected_gradients))
 
@@ -216,11 +222,21 @@ def test_make_mesh():
     assert dict(sharding.make_mesh(model=2, devices=devices).shape) == {"data": 4, "model": 2}
     assert dict(sharding.make_mesh(devices=devices[:1]).shape) == {"data": 1, "model": 1}
     assert set(sharding.make_mesh().axis_types) == {jax.sharding.AxisType.Explicit}
-    for data, model, count in ((3, 2, 8), (0, 3, 8), (2, 2, 3)):
+    for data, model, count in ((3, 2, 8), (2, 2, 3)):
         with pytest.raises(ValueError, match=rf"x mesh.model={model} needs \d+ devices, but there are {count}.*data=0"):
             sharding.make_mesh(data, model, devices[:count])
-    with pytest.raises(ValueError, match="needs 16 devices, but there are 8"):
-        sharding.make_mesh(0, 16, devices)
+    # Who has set no axis data is not told to set it.
+    for data, model, message in (
+        (
+            0,
+            16,
+            "config.mesh.model=16 needs at least 16 devices, but there are 8: take a larger slice, or --config.mesh",
+        ),
+        (1, 16, "config.mesh.model=16 needs at least 16 devices"),
+        (0, 3, "config.mesh.model=3 is no divisor of the 8 devices"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sharding.make_mesh(data, model, devices)
 
 
 def test_rules():

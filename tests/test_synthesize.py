@@ -436,7 +436,11 @@ def test_a_killed_run_pays_for_no_answer_twice(tmp_path, cache):
 def test_mistakes_of_a_user(tmp_path, cache):
     command = ("-m", "pit_jax.synthesize", "--config=configs/synthesize.py:smoke", f"--output={tmp_path / 'rows'}")
     result = run_command(*command, "--config.modle=x", cache=cache)
-    assert result.returncode == 2 and "no field 'modle'" in result.stderr and "Traceback" not in result.stderr
+    assert (
+        result.returncode == 2
+        and "no field 'modle'. Did you mean 'model'?" in result.stderr
+        and "Traceback" not in result.stderr
+    )
     for config, message in (
         (SynthesisConfig(), r"set --config\.base_url=http://HOST/v1 and --config\.model=NAME"),
         (SynthesisConfig(base_url="host", model="m"), "base_url must be an address"),
