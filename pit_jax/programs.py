@@ -205,7 +205,8 @@ class _Maker:
 
     def rl(self, stage: str, model: str, path: str) -> list[Program]:
         """The rollout; its log-probs, scores and values; the updates."""
-        sizes, settings = field(self.config, model), field(self.config, path)
+        # Memory of slots would be less; here all rows are written at a time, as loops in loops are not counted.
+        sizes, settings = field(self.config, model), dataclasses.replace(field(self.config, path), rollout_slots=0)
         is_pit = stage == "rl_pit"
         P, R = batches.round_up(self.pit_prompt if is_pit else self.policy_prompt), self.answer
         B = self.rows(path, "rollout_size", "num_minibatches")
@@ -234,7 +235,8 @@ class _Maker:
         reward, length = self.config.reward_model, (short if by_difference else P) + R
         scores = forward_flops(reward, B, length, 0) * (2 if by_difference else 1)
         values = forward_flops(reward, B, P + R, 0)
-        sampled = forward_flops(sizes, B, P, 1) + forward_flops(sizes, B, R, R, start=P)
+        read_rows = B // settings.samples_per_prompt  # a prompt is read once for all its answers
+        sampled = forward_flops(sizes, read_rows, P, 1) + forward_flops(sizes, B, R, R, start=P)
         learning = on_mesh((experience, statistics), self.mesh)
         epochs = settings.num_epochs
         learnt = forward_flops(sizes, B, P + R, R, passes=self.learn)

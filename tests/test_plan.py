@@ -180,8 +180,8 @@ def test_candidates_that_take_turns_are_all_held(one_device):
         config = dataclasses.replace(SMALL, ppo=ppo, curriculum=("data", "policy_checkpoint"), lora=lora)
         policy = 4 * sum(x.size for x in jax.tree.leaves(common.shapes(Transformer(config.policy_model))))
         adapters = 4 * 2 * 2 * 16 * rank
-        rollout = planner.held(named(config, "rl_pit: rollout"))
-        assert rollout["others"] == policy + (adapters if rank else policy)
+        judged = planner.held(named(config, "rl_pit: reward"))
+        assert judged["others"] == policy + (adapters if rank else policy)
 
 
 def test_operations_of_learning_with_adapters(one_device):
@@ -369,7 +369,9 @@ def test_a_plan_that_is_stopped_keeps_what_it_knows(tmp_path, number, topology):
     out, log = tmp_path / "plan.json", tmp_path / "log"
     there = topology if importlib.util.find_spec("libtpu") else "local"
     what = ("--config=configs/pit_synthetic.py:smoke", "--stages=r_p,r_pit,rl_pit", f"--topology={there}")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests are in the background
     process = start("-m", "pit_jax.plan", *what, f"--json={out}", log=log)
+    signal.signal(signal.SIGINT, before)
     try:
         for _ in range(1200):
             if out.exists():
