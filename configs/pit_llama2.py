@@ -16,7 +16,7 @@ Mesh: data x 4 (7b), data x 8 (13b). What fits is found without a TPU:
 
     python -m pit_jax.plan --config=configs/pit_llama2.py:7b --topology=v4-32
 
-says of 7b on 16 chips of TPU v4 (30.75 GiB each) that a chip holds 27.2 GiB while M_PIT samples in RL and 27.5 while it
+says of 7b on 16 chips of TPU v4 (30.75 GiB each) that a chip holds 28.2 GiB while M_PIT samples in RL and 27.5 while it
 learns: policy and value model with AdamW, ref_policy, reward model, and the M_P that writes ref_responses. SFT holds
 9.8 (M_P) and 11.1 (M_PIT), R_PIT 11.7. On 8 chips the models, optimizers and gradients of RL alone are 31.2 GiB, so 16
 are the fewest; for 13b they are 30.2 on 16 chips. On 64 chips (v4-128) with
