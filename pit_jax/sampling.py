@@ -14,6 +14,7 @@ import numpy as np
 
 from pit_jax import sharding
 from pit_jax.config import SamplingConfig
+from pit_jax.data import batches
 from pit_jax.models import attention
 from pit_jax.models.transformer import KVCache, Transformer, init_cache, layers_apart
 from pit_jax.sharding import AxisRules
@@ -139,7 +140,7 @@ def generate(
     if N % samples or (N // samples) % num_shards:
         samples = 1
     # Prompts are read so many at a time: the more, the longer free slots wait for each other.
-    F = B if B == N else min(batches_of(-(-B // 8), samples * num_shards), B)
+    F = B if B == N else min(batches.round_up(-(-B // 8), samples * num_shards), B)
     if F % (samples * num_shards):
         samples = 1
     apart = attention.platform() == "cpu"
@@ -260,11 +261,6 @@ def generate(
     carry = jnp.int32(0), jnp.int32(0), cache, slots, (nothing.tokens, nothing.log_probs, nothing.age)
     *_, (tokens, log_probs, age) = jax.lax.while_loop(unfinished, fill, carry)
     return append_response(prompts, tokens, jnp.arange(R) < age[:, None], log_probs)
-
-
-def batches_of(n: int, multiple: int) -> int:
-    """n, rounded up."""
-    return -(-n // multiple) * multiple
 
 
 def _each(x: Array, samples: int, rules: AxisRules) -> Array:
