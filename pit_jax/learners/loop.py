@@ -133,6 +133,7 @@ def run(
                 flush()
                 if evaluate_now:
                     evaluate(state, step + 1)
+                    clock = time.perf_counter()  # the seconds of a step are those of training
                 writer.sync()
                 saver.save(step + 1, train_state.saved_part(state))
             if number:
