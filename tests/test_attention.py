@@ -62,14 +62,15 @@ def arrays(places, dtype=np.float32):
 
 
 def results(attend, q, k, v, w, places):
-    """(results where they have weight, gradients of their weighted sum), in float32."""
+    """(results where they have weight, gradients of their weighted sum), in float32 or better."""
+    wide = ways.sums(q.dtype)
 
     def total(q, k, v):
         y = attend(q, k, v, places)
-        return jnp.sum((y * w).astype(jnp.float32)), y
+        return jnp.sum((y * w).astype(wide)), y
 
     (_, y), grads = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))(q, k, v)
-    return [np.asarray(x, np.float32) for x in (jnp.where(w == 0, 0, y), *grads)]
+    return [np.asarray(x, wide) for x in (jnp.where(w == 0, 0, y), *grads)]
 
 
 def whole(window=0, **form):
@@ -83,6 +84,23 @@ def splash(**form):
 
 def stripes(window=0, **form):
     return lambda q, k, v, p: ways.attention_in_stripes(q, k, v, p, ways.reach_of(window, None), 32, **form)
+
+
+def blocks(window=0, **form):
+    return lambda q, k, v, p: ways.attention_in_blocks(q, k, v, p, ways.reach_of(window, None), 32, **form)
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("layout", [packed, tree])
+@pytest.mark.parametrize("form", [{"window": 40}, {"softcap": 1.5, "query_scale": 9.0}], ids="-".join)
+def test_blocks_are_the_definition(layout, form):
+    """In float64, where only a wrong formula could differ: 150 tokens, four blocks of 32 and one of 22."""
+    with jax.enable_x64(True):
+        inputs = arrays(layout(150), np.float64)
+        expected, found = results(whole(**form), *inputs), results(blocks(**form), *inputs)
+    for name, a, b in zip(("y", "dq", "dk", "dv"), found, expected, strict=True):
+        assert a.dtype == np.float64 and np.abs(b).max() > 1
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12, err_msg=name)
 
 
 @pytest.mark.usefixtures("one_device")

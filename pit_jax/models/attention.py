@@ -57,6 +57,11 @@ def sight(queries: Places, keys: Places, reach: Array | None = None) -> Array:
     return seen
 
 
+def sums(dtype):
+    """What scores of queries of this type, and sums of their values, are kept in: float32 at least."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 def attention(q: Array, k: Array, v: Array, mask: Array, query_scale: float = 0.0, softcap: float = 0.0) -> Array:
     """Grouped-query attention.
 
@@ -73,7 +78,7 @@ def attention(q: Array, k: Array, v: Array, mask: Array, query_scale: float = 0.
     B, T, K, G, H = q.shape
     # The queries of a group are rows of one product with their shared keys: [B, K, G * T, H] x [B, K, H, S].
     q = (q * (query_scale or H) ** -0.5).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
-    scores = jnp.einsum("bkqh,bskh->bkqs", q, k, preferred_element_type=jnp.float32).reshape(B, K, G, T, -1)
+    scores = jnp.einsum("bkqh,bskh->bkqs", q, k, preferred_element_type=sums(q.dtype)).reshape(B, K, G, T, -1)
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask[:, None, None], scores, -1e30)
@@ -98,7 +103,7 @@ def attention_to_cache(
       [B, 1, K, G, H].
     """
     q = q[:, 0] * (query_scale or q.shape[-1]) ** -0.5
-    scores = jnp.einsum("bkgh,bkhs->bkgs", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bkgh,bkhs->bkgs", q, k, preferred_element_type=sums(q.dtype))
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
     weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -1e30), axis=-1).astype(v.dtype)
@@ -284,7 +289,7 @@ def _block_scores(form: tuple[float, float], q: Array, k: Array) -> Array:
     """[B, K, G, t, H] and [B, K, s, H] -> [B, K, G, t, s]."""
     scale, softcap = form
     B, K, G, t, H = q.shape
-    scores = jnp.einsum("bkqh,bksh->bkqs", (q * scale).reshape(B, K, G * t, H), k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bkqh,bksh->bkqs", (q * scale).reshape(B, K, G * t, H), k, preferred_element_type=sums(q.dtype))
     scores = scores.reshape(B, K, G, t, -1)
     return softcap * jnp.tanh(scores / softcap) if softcap else scores
 
@@ -314,7 +319,7 @@ def _forward(form, queries, keys, values, places, reach):
 
             return jax.lax.cond(jnp.any(seen), seen_by_some, lambda carry: carry, carry)
 
-        zeros = jnp.zeros_like(q, jnp.float32)
+        zeros = jnp.zeros_like(q, sums(q.dtype))
         start = zeros[..., 0] - 1e30, zeros[..., 0], zeros
         largest, total, mixed = jax.lax.fori_loop(0, len(queries), add, start)  # nobody sees what is behind i
         total = jnp.where(total > 0, total, 1.0)
@@ -324,10 +329,10 @@ def _forward(form, queries, keys, values, places, reach):
 
 
 def _mixed(weights: Array, values: Array) -> Array:
-    """[B, K, G, t, s] and [B, K, s, H] -> [B, K, G, t, H] float32."""
+    """[B, K, G, t, s] and [B, K, s, H] -> [B, K, G, t, H] of `sums`."""
     B, K, G, t, s = weights.shape
     weights = weights.astype(values.dtype).reshape(B, K, G * t, s)
-    out = jnp.einsum("bkqs,bksh->bkqh", weights, values, preferred_element_type=jnp.float32)
+    out = jnp.einsum("bkqs,bksh->bkqh", weights, values, preferred_element_type=sums(values.dtype))
     return out.reshape(B, K, G, t, -1)
 
 
@@ -341,7 +346,7 @@ def _backward(form, kept, d_out):
 
     def of_queries(carry, row):
         q, mine, log, d, o = row
-        d = d.astype(jnp.float32)
+        d = d.astype(sums(q.dtype))
         drop = jnp.sum(d * o, -1, keepdims=True)
 
         def add(j, carry):
@@ -360,10 +365,10 @@ def _backward(form, kept, d_out):
 
             return jax.lax.cond(jnp.any(seen), seen_by_some, lambda carry: carry, carry)
 
-        d_q, *carry = jax.lax.fori_loop(0, len(queries), add, (jnp.zeros_like(q, jnp.float32), *carry))
+        d_q, *carry = jax.lax.fori_loop(0, len(queries), add, (jnp.zeros_like(q, sums(q.dtype)), *carry))
         return tuple(carry), d_q.astype(q.dtype)
 
-    start = jnp.zeros_like(keys, jnp.float32), jnp.zeros_like(values, jnp.float32)
+    start = tuple(jnp.zeros_like(x, sums(x.dtype)) for x in (keys, values))
     rows = queries, places, logs, d_out, out
     (d_keys, d_values), d_queries = jax.lax.scan(of_queries, start, rows)
     return d_queries, d_keys.astype(keys.dtype), d_values.astype(values.dtype), None, None
