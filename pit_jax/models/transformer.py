@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from pit_jax.config import ModelConfig
-from pit_jax.models.attention import Places, attention_to_cache, reach_of, self_attention, sight
+from pit_jax.models.attention import Places, attention_to_cache, platform, reach_of, self_attention, sight
 from pit_jax.sharding import RULES, AxisRules, gather_weights
 from pit_jax.types import Array, Params
 
@@ -86,6 +86,8 @@ def rotary(x: Array, positions: Array, theta: float | Array) -> Array:
     angle = positions.astype(jnp.float32)[..., None] * frequency
     angle = angle.reshape(angle.shape[:2] + (1,) * (x.ndim - 3) + (half,))
     cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
+    if platform() == "cpu":  # where they would be computed again for each head and for each gradient
+        cos, sin = jax.lax.optimization_barrier((cos, sin))
     x1, x2 = x[..., :half], x[..., half:]
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)
 
@@ -113,7 +115,7 @@ def rotary_frequencies(config: ModelConfig) -> tuple[Array, Array]:
     return frequency, _powers(c.local_rope_theta, half) if c.local_rope_theta else frequency
 
 
-def project(x: Array, weight: Array, spec: jax.P) -> Array:
+def project(x: Array, weight: Array, spec: jax.P, dtype=None) -> Array:
     """x [B, T, ...] times weight [..., ...]: contracts all of x behind T with as many leading axes of the weight.
 
     One product of two matrices: on CPU the gradient of the einsum over (B, T) costs twice as much.
@@ -122,13 +124,14 @@ def project(x: Array, weight: Array, spec: jax.P) -> Array:
       x: activations, contracted over everything behind [B, T].
       weight: its leading axes are those of x behind [B, T].
       spec: layout of the result.
+      dtype: of the sums and of the result; None: that of x.
     """
     B, T = x.shape[:2]
     inner = x.ndim - 2
     of_x, of_weight = jax.typeof(x).sharding.spec, jax.typeof(weight).sharding.spec
     rows = jnp.reshape(x, (B * T, -1), out_sharding=jax.P(of_x[0], of_x[2]))
     columns = jnp.reshape(weight, (rows.shape[1], -1), out_sharding=jax.P(of_weight[0], of_weight[inner]))
-    out = jnp.dot(rows, columns, out_sharding=jax.P(spec[0], spec[2]))
+    out = jnp.dot(rows, columns, preferred_element_type=dtype, out_sharding=jax.P(spec[0], spec[2]))
     return jnp.reshape(out, (B, T, *weight.shape[inner:]), out_sharding=spec)
 
 
@@ -316,6 +319,8 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=c.num_layers,
+            # In a loop a CPU copies what is kept for the gradient of each layer; what is made again must stay in one.
+            unroll=min(c.num_layers, 8) if platform() == "cpu" and c.remat == "none" else 1,
         )(c, self.rules)
         self.norm = RMSNorm(c.norm_epsilon, c.dtype, c.norm_offset)
 
@@ -378,7 +383,10 @@ class Transformer(nn.Module):
         table = self.embedding if self.config.tie_embeddings else self.unembedding
         spec = dataclasses.replace(self.rules, embed=None).spec("vocab", "embed")
         table = jax.sharding.reshard(table.astype(self.config.dtype), spec)
-        logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+        if hidden.ndim == 3:
+            logits = project(hidden, table.T, self.rules.spec("batch", None, "vocab"), jnp.float32)
+        else:
+            logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
         if c.logit_softcap:
             logits = c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
         if 0 < c.num_tokens < c.vocab_size:
