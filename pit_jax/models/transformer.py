@@ -86,8 +86,6 @@ def rotary(x: Array, positions: Array, theta: float | Array) -> Array:
     angle = positions.astype(jnp.float32)[..., None] * frequency
     angle = angle.reshape(angle.shape[:2] + (1,) * (x.ndim - 3) + (half,))
     cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
-    if platform() == "cpu":  # where they would be computed again for each head and for each gradient
-        cos, sin = jax.lax.optimization_barrier((cos, sin))
     x1, x2 = x[..., :half], x[..., half:]
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)
 
