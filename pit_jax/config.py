@@ -248,7 +248,8 @@ class RewardModelConfig:
     """R_P (Bradley-Terry) and R_PIT (Equation 2)."""
 
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4)
-    batch_size: int = 16
+    batch_size: int = 16  # pairs (x, y_l, y_w)
+    sequence_length: int = 0  # >0: the rows of several pairs are packed into sequences of this length; 0: of one pair
     accumulation: int = 1
     num_steps: int = 0  # 0: from num_epochs
     num_epochs: float = 1.0
@@ -259,6 +260,7 @@ class RewardModelConfig:
 
     def __post_init__(self):
         _positive(self, "batch_size", "num_epochs", "accumulation", "eval_every", "save_every")
+        _check(self.sequence_length >= 0, f"sequence_length={self.sequence_length}: not below 0")
         losses = ("gap", "gap_no_diagonal", "mse", "r_p_difference")
         _check(self.loss in losses, f"loss is {self.loss!r}: use one of {', '.join(losses)}")
         _check(

@@ -203,7 +203,7 @@ def token_segments(tokenizer: Tokenizer, batch: TokenBatch, row: int = 0) -> lis
 def score_segments(tokenizer: Tokenizer, batch: ScoreBatch, group: int, c: int) -> list[Segment]:
     """Row c of a group of a reward model: marked where it is scored."""
     slots = _slots(batch.members[group], batch.positions[group], c)
-    return segments_of(tokenizer, batch.tokens[group][slots], slots == batch.last[group, c])
+    return segments_of(tokenizer, batch.tokens[group][slots], slots == batch.last[group, 0, c])
 
 
 def pair_segments(tokenizer: Tokenizer, batch: pairs.PairBatch, pair: int, c: int) -> list[Segment]:

@@ -189,15 +189,21 @@ class _Maker:
         return Program(stage, path, model, step, (state, batch), flops, B, length, gradients=lora.trained(state.params))
 
     def reward_model(self, stage: str) -> Program:
-        """A group is one sequence: x, two candidates, and for R_PIT two answers behind each."""
+        """A group: x, two candidates, and for R_PIT two answers behind each. It is a sequence, or several are."""
         sizes, settings = self.config.reward_model, field(self.config, stage)
-        is_gap = stage == "r_pit"
-        C, length = (4, self.policy_prompt + 6 * self.answer) if is_gap else (2, self.policy_prompt + 2 * self.answer)
-        T, B = batches.round_up(length), self.rows(stage, "batch_size", "accumulation")
+        is_gap, prompt, answer = stage == "r_pit", self.policy_prompt, self.answer
+        C, length = (4, prompt + 6 * answer) if is_gap else (2, prompt + 2 * answer)
+        if T := settings.sequence_length:
+            num_groups, E = settings.batch_size, max(1, T // length)
+            prompt, answer = (int(n * min(1.0, T / length)) for n in (prompt, answer))  # longer groups are dropped
+            B = batches.round_up(-(-num_groups // E), settings.accumulation * self.mesh.shape["data"])
+        else:
+            T, E = batches.round_up(length), 1
+            num_groups = B = self.rows(stage, "batch_size", "accumulation")
         module, optimizer = ScalarModel(sizes), _optimizer(settings.optimizer)
         step = reward_model.make_train_step(module, optimizer, loss=settings.loss, accumulation=settings.accumulation)
-        batch = ScoreBatch(*(self.array(B, T) for _ in range(3)), self.array(B, C))
-        flops = tree_flops(sizes, B, self.policy_prompt, self.answer, depth=2 if is_gap else 1, passes=self.learn)
+        batch = ScoreBatch(*(self.array(B, T) for _ in range(4)), self.array(B, E, C))
+        flops = tree_flops(sizes, num_groups, prompt, answer, depth=2 if is_gap else 1, passes=self.learn)
         state = self.state(module, optimizer)
         return Program(
             stage, stage, "reward_model", step, (state, batch), flops, B, T, gradients=lora.trained(state.params)

@@ -7,7 +7,7 @@ Dimension letters, used in every docstring and einsum of the package:
     K  key/value heads       G  query heads per key/value head (N = K * G)
     H  head width            L  layers                V  vocabulary
     A  gradient accumulation R  response length       P  prompt length
-    C  rows of a group
+    C  rows of a group       E  groups of a sequence
 
 `segments` [B, T] replaces the usual padding mask everywhere: 0 marks padding, and two positions see each other only
 where their segments are equal, so one integer array serves padding and packing. It comes from lengths, never from
@@ -84,17 +84,21 @@ class ScoreBatch(NamedTuple):
     R_P: C = 2, index 0 chosen and 1 rejected. R_PIT: C = 4, the pairings of `GAP_PAIRINGS`.
 
     The rows of a group are one sequence, in which tokens that rows begin alike with stand once: a prompt is read once
-    for all its answers, a candidate once for all that improve it. Scores are those of the rows on their own.
+    for all its answers, a candidate once for all that improve it. Scores are those of the rows on their own. Several
+    groups may stand one behind the other in a sequence: they do not see each other.
 
     Attributes:
       tokens: [B, T] int32, right-padded.
+      segments: [B, T] int32, the group in which the token stands, 1, 2, ...; 0 on padding.
       positions: [B, T] int32, position of the token within its row.
-      members: [B, T] int32, bit c is set where the token stands in row c; 0 on padding. A token sees those before it
-        that stand in all of its rows.
-      last: [B, C] int32, where in the sequence the last token of each row is.
+      members: [B, T] int32, bit c is set where the token stands in row c of its group; 0 on padding. A token sees those
+        of its group before it that stand in all of its rows.
+      last: [B, E, C] int32, where in the sequence the last token of each row is; 0 for groups that the sequence has
+        not: it has as many as its largest segment says.
     """
 
     tokens: Array
+    segments: Array
     positions: Array
     members: Array
     last: Array

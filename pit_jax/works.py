@@ -113,7 +113,7 @@ def sft_work(sizes: ModelConfig, rows: int, length: int) -> Work:
 
 def _as_rows(batch: ScoreBatch) -> ScoreBatch:
     """The rows of [B] groups of C as [B * C] groups of one: nothing is shared."""
-    B, C = batch.last.shape
+    B, _, C = batch.last.shape
     found = [
         batch.tokens[b, (batch.members[b] >> c & 1) == 1] for b in range(B) for c in range(C)
     ]  # fmt: skip
@@ -164,6 +164,55 @@ def reward_work(sizes: ModelConfig, rows: int, prompt: int, answer: int, *, gap:
         sizes, rows * C, length, 0
     )  # fmt: skip
     return Work(rows * C * length, "tokens of rows", (Phase(3 * flops),), _training(module, step, batch_at))
+
+
+MIXED_LENGTHS = (32, 257)
+"""Tokens of a prompt or an answer of `mixed_reward_work`: from the first up to below the second, all as often."""
+
+
+def mixed_reward_work(sizes: ModelConfig, rows: int, batch_size: int, layout: str) -> Work:
+    """Bradley-Terry on pairs whose prompts and answers have 32 to 256 tokens each; a call is an epoch.
+
+    Args:
+      sizes: of the reward model.
+      rows: pairs.
+      batch_size: of them.
+      layout: packed: in sequences of 1024 tokens; like: a sequence each, batches of like length; padded: a sequence
+        each, all as long as the longest.
+    """
+    module, rng = ScalarModel(sizes), np.random.default_rng(0)
+    lengths = rng.integers(*MIXED_LENGTHS, (rows, 3))
+    parts = [[rng.integers(3, sizes.vocab_size, n, dtype=np.int32) for n in of] for of in lengths]
+    groups = [[np.concatenate([x, y]) for y in answers] for x, *answers in parts]
+    num_steps, counted = rows // batch_size, batches.group_sizes(groups)
+    if layout == "packed":
+        batch_at, _ = batches.make_packed_score_batch_at(groups, counted, batch_size, 0, num_steps, 1024)
+    else:
+        steps = 1 if layout == "padded" else 32  # few steps have one shape, many have eight
+        batch_at = batches.make_score_batch_at(groups, counted, batch_size, 0, steps)
+
+    def start(compile: Callable) -> Callable[[int], Any]:
+        state = train_state.create(common.init_params(module, jax.random.key(0)), optimizer())
+        step = reward_model.make_train_step(module, optimizer(), loss="gap")
+        shapes = {batch.tokens.shape: batch for batch in map(batch_at, range(num_steps))}
+        steps = {shape: compile(step, state, batch) for shape, batch in shapes.items()}
+
+        def call(i: int):
+            nonlocal state
+            values = []
+            for batch in map(batch_at, range(num_steps)):
+                state, some = steps[batch.tokens.shape](state, batch)
+                values.append(some)
+            return metrics.reduce(jax.tree.map(lambda *x: sum(x), *values))
+
+        return call
+
+    flops = sum(
+        forward_flops(sizes, 1, x, 0) + sum(forward_flops(sizes, 1, y, 0, start=x) for y in answers)
+        for x, *answers in lengths.tolist()
+    )
+    tokens = int(np.sum(2 * lengths[:, 0] + lengths[:, 1] + lengths[:, 2]))
+    return Work(tokens, "tokens of rows", (Phase(3 * flops),), start)
 
 
 def dpo_work(sizes: ModelConfig, rows: int, prompt: int, answer: int, *, shared: bool = True) -> Work:
@@ -327,6 +376,9 @@ def works() -> dict[str, Callable[[], Work]]:
         "dpo_small_rows": make(dpo_work, small, 8, 128, 128, shared=False),
         "rm_small": make(reward_work, small, 8, 0, 256, gap=False),
         "rm_small_prompt": make(reward_work, small, 8, 128, 128, gap=False),
+        "rm_tiny_mixed": make(mixed_reward_work, tiny, 128, 16, "packed"),
+        "rm_tiny_mixed_like": make(mixed_reward_work, tiny, 128, 16, "like"),
+        "rm_tiny_mixed_padded": make(mixed_reward_work, tiny, 128, 16, "padded"),
         "gap_small_128": make(reward_work, small, 4, 128, 128, gap=True),
         "gap_small_128_rows": make(reward_work, small, 4, 128, 128, gap=True, shared=False),
         "gap_small_512": make(reward_work, small, 1, 512, 512, gap=True),

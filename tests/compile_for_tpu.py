@@ -53,8 +53,8 @@ def configs(data: int, model: int, dtype: str, remat: str, chunk_size: int, name
     )  # fmt: skip
     windows, mesh = DataConfig(prompt_window=16, response_window=16), MeshConfig(data, model)
     pit = PitConfig(
-        mesh=mesh, data=windows, policy_model=sizes, pit_model=sizes, reward_model=sizes, sft_policy=sft, r_p=reward,
-        r_pit=reward, ppo=ppo, ppo_pit=ppo,
+        mesh=mesh, data=windows, policy_model=sizes, pit_model=sizes, reward_model=sizes, sft_policy=sft,
+        r_p=dataclasses.replace(reward, sequence_length=200), r_pit=reward, ppo=ppo, ppo_pit=ppo,
     )  # fmt: skip
     srt = SrtConfig(
         mesh=mesh, data=windows, policy_model=sizes, base="elsewhere", feedback_window=16, srt=sft,

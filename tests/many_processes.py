@@ -79,10 +79,19 @@ def main(folder: Path, dies: bool) -> None:
         if dies and jax.process_index() == jax.process_count() - 1:
             os.kill(os.getpid(), signal.SIGKILL)
         groups = [tuple([1, 5, *row] for row in rows(4, 1, 9, seed)) for seed in range(16)]
-        of_groups = lambda name: batches.make_score_batch_at(counted(name, groups), 8, seed=1, num_steps=2)  # noqa: E731
+
+        def of_groups(name):
+            asked = counted(name, groups)
+            return batches.make_score_batch_at(asked, batches.group_sizes(asked), 8, seed=1, num_steps=2)
+
+        def of_packed_groups(name):
+            asked = counted(name, groups)
+            return batches.make_packed_score_batch_at(asked, batches.group_sizes(asked), 8, 1, 2, 56, multiple=2)[0]
+
         gap = reward_model.make_train_step(SCORER, adam, loss="gap")
         reward = init_params(SCORER, jax.random.key(0))
-        take("r_pit", gap, create(reward), of_groups)
+        learnt = take("r_pit", gap, create(reward), of_groups)
+        take("packed", gap, learnt, of_packed_groups)
         adapted = lora.add(again.params, LoraConfig(rank=2), jax.random.key(1))
         found["frozen"] = lora.checksums(adapted)
         triples = pairs_of(16)

@@ -79,17 +79,32 @@ def test_score_rows_by_hand():
     """What rows begin alike with stands once; a row goes on from the one that it shares most with."""
     scores = batches.score_rows([([1, 5, 2], [1, 2]), ([1], [1, 7, 8])], 4)
     np.testing.assert_array_equal(scores.tokens, [[1, 5, 2, 2], [1, 7, 8, 0]])
+    np.testing.assert_array_equal(scores.segments, [[1, 1, 1, 1], [1, 1, 1, 0]])
     np.testing.assert_array_equal(scores.positions, [[0, 1, 2, 1], [0, 1, 2, 0]])
     np.testing.assert_array_equal(scores.members, [[0b11, 0b01, 0b01, 0b10], [0b11, 0b10, 0b10, 0]])
-    np.testing.assert_array_equal(scores.last, [[2, 3], [0, 2]])
+    np.testing.assert_array_equal(scores.last, [[[2, 3]], [[0, 2]]])
     tree = [[1, 2, 3], [1, 2, 4], [1, 2, 4, 5], [1, 2, 3]]
     scores = batches.score_rows([tree])
     np.testing.assert_array_equal(scores.tokens, [[1, 2, 3, 4, 5, 0, 0, 0]])
     np.testing.assert_array_equal(scores.positions, [[0, 1, 2, 2, 3, 0, 0, 0]])
     np.testing.assert_array_equal(scores.members, [[0b1111, 0b1111, 0b1001, 0b0110, 0b0100, 0, 0, 0]])
-    np.testing.assert_array_equal(scores.last, [[2, 3, 4, 2]])
+    np.testing.assert_array_equal(scores.last, [[[2, 3, 4, 2]]])
     with pytest.raises(ValueError, match="a group has 32 rows; at most 31 share a sequence"):
         batches.score_rows([[[1]] * 32])
+
+
+def test_groups_one_behind_the_other_by_hand():
+    """Two groups, none and one; of the last sequence the second place is empty."""
+    first, second, third = ([1, 5, 2], [1, 2]), ([1], [1, 7, 8]), ([1, 9], [1, 9])
+    batch = batches.lay_out_groups([[first, second], [], [third]], 8, 2, 2)
+    np.testing.assert_array_equal(batch.tokens, [[1, 5, 2, 2, 1, 7, 8, 0], [0] * 8, [1, 9, 0, 0, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(batch.segments, [[1, 1, 1, 1, 2, 2, 2, 0], [0] * 8, [1, 1, 0, 0, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(batch.positions, [[0, 1, 2, 1, 0, 1, 2, 0], [0] * 8, [0, 1, 0, 0, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(batch.members, [[3, 1, 1, 2, 3, 2, 2, 0], [0] * 8, [3, 3, 0, 0, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(batch.last, [[[2, 3], [4, 6]], [[0, 0]] * 2, [[1, 1], [0, 0]]])
+    assert all(x.dtype == np.int32 for x in batch)
+    assert batches.lay_out_groups([[], []], 8, 2, 4).last.shape == (2, 2, 4), "a process may have no group"
+    np.testing.assert_array_equal(batches.group_sizes([first, second, third]), [[4, 2], [3, 2], [2, 2]])
 
 
 @pytest.mark.parametrize(("num_rows", "batch_size"), [(12, 4), (10, 4), (3, 8)])
@@ -173,13 +188,15 @@ def test_score_batches_of_like_length():
     rng = np.random.default_rng(0)
     groups = [[[i + 1] * n, [i + 1] + [200] * (n // 2)] for i, n in enumerate(rng.integers(2, 60, 101))]
     data = batches.score_rows(groups)
-    lengths = np.sum(data.members > 0, axis=1)
-    batch_at = batches.make_score_batch_at(groups, 8, seed=3, num_steps=32)
+    sizes = batches.group_sizes(groups)
+    lengths = sizes[:, 0]
+    np.testing.assert_array_equal(lengths, np.sum(data.members > 0, axis=1))
+    batch_at = batches.make_score_batch_at(groups, sizes, 8, seed=3, num_steps=32)
     seen, padding = [], 0
     for step in range(2 * 12):  # 101 rows: 12 batches of 8, and 5 rows that this epoch leaves out
         batch = jax.tree.map(np.asarray, batch_at(step))
         rows, length = batch.tokens[:, 0] - 1, batch.tokens.shape[1]
-        for got, whole in zip(batch[:3], data[:3], strict=True):
+        for got, whole in zip(batch[:4], data[:4], strict=True):
             np.testing.assert_array_equal(got, whole[rows, :length])
         np.testing.assert_array_equal(batch.last, data.last[rows])
         assert lengths[rows].max() <= length
@@ -189,13 +206,75 @@ def test_score_batches_of_like_length():
     assert all(len(set(epoch)) == 96 for epoch in epochs)
     assert set(epochs[0]) != set(epochs[1]), "other rows are left out"
     assert padding / 24 < 10, "88 - 46 without buckets"
-    again = batches.make_score_batch_at(groups, 8, seed=3, num_steps=32)
+    again = batches.make_score_batch_at(groups, sizes, 8, seed=3, num_steps=32)
     for step in (13, 2):
         np.testing.assert_array_equal(np.asarray(again(step).tokens)[:, 0] - 1, seen[step])
-    few = batches.make_score_batch_at(groups[:3], 8, 3, 32)(0)
+    few = batches.make_score_batch_at(groups[:3], sizes[:3], 8, 3, 32)(0)
     assert set(np.asarray(few.tokens)[:, 0]) == {1, 2, 3}
-    short = batches.make_score_batch_at(groups, 8, 3, num_steps=4)  # too few steps for more than one compiled shape
+    short = batches.make_score_batch_at(
+        groups, sizes, 8, 3, num_steps=4
+    )  # too few steps for more than one compiled shape
     assert {short(step).tokens.shape[1] for step in range(4)} == {batches.round_up(int(lengths.max()))}
+
+
+def test_batches_of_mixed_lengths_by_hand():
+    """Three batches of 2: the three longest rows go to one each, the longest first, and so do the three shortest."""
+    lengths = np.asarray([5, 40, 6, 41, 42, 7], np.int32)
+    epochs = [batches.mixed_length_numbers(lengths, 2, epoch, seed=1) for epoch in range(12)]
+    for epoch in epochs:
+        assert epoch.shape == (3, 2)
+        assert set(epoch[:, 0]) == {1, 3, 4} and set(epoch[:, 1]) == {0, 2, 5}
+    assert len({tuple(epoch.ravel()) for epoch in epochs}) > 6, "which, is drawn"
+    assert len({epoch[0, 0] for epoch in epochs}) == len({epoch[0, 1] for epoch in epochs}) == 3
+    again = [batches.mixed_length_numbers(lengths, 2, epoch, seed=1) for epoch in range(12)]
+    np.testing.assert_array_equal(again, epochs)
+    left_out = [set(range(6)) - set(batches.mixed_length_numbers(lengths, 4, e, 1).ravel()) for e in range(12)]
+    assert {len(rows) for rows in left_out} == {2} and len(set.union(*left_out)) > 4, "others in other epochs"
+    assert sorted(batches.mixed_length_numbers(lengths, 8, 0, 1)[0])[1:-1] and len(lengths) < 8
+    assert set(batches.mixed_length_numbers(lengths, 8, 0, 1)[0]) == set(range(6)), "few rows are repeated"
+
+
+@pytest.mark.usefixtures("one_device")
+def test_packed_groups():
+    """Each step has its groups, whole and once; all have one shape, and an epoch reads whole batches."""
+    rng = np.random.default_rng(0)
+    groups = [[[i + 1] * n, [i + 1] + [200] * (n // 2)] for i, n in enumerate(rng.integers(2, 60, 101))]
+    sizes = batches.group_sizes(groups)
+    short = np.flatnonzero(sizes[:, 0] <= 80)
+    assert 80 < len(short) < 101
+    steps = len(short) // 8
+    batch_at, padding = batches.make_packed_score_batch_at(groups, sizes, 8, seed=3, num_steps=2 * steps, length=80)
+    alone = batches.score_rows(groups)
+    seen, tokens, shapes = [], 0, set()
+    for step in range(2 * steps):
+        batch = jax.tree.map(np.asarray, batch_at(step))
+        shapes.add((batch.tokens.shape, batch.last.shape))
+        rows = []
+        for s, segments in enumerate(batch.segments):
+            for e in range(segments.max()):
+                (slots,) = np.nonzero(segments == e + 1)
+                i = batch.tokens[s, slots[0]] - 1
+                assert np.all(np.diff(slots) == 1) and len(slots) == sizes[i, 0], "a group lies in one piece"
+                for got, whole in zip(
+                    (batch.tokens, batch.positions, batch.members), (alone[0], *alone[2:4]), strict=True
+                ):
+                    np.testing.assert_array_equal(got[s, slots], whole[i, : len(slots)])
+                np.testing.assert_array_equal(batch.last[s, e], slots[0] + alone.last[i, 0])
+                rows.append(i)
+        assert len(set(rows)) == 8
+        tokens += np.mean(batch.segments > 0)
+        seen.append(rows)
+    epochs = np.reshape(seen, (2, -1))
+    assert all(len(set(epoch)) == 8 * steps and set(epoch) <= set(short) for epoch in epochs)
+    assert len(shapes) == 1 and padding == pytest.approx(1 - tokens / (2 * steps)) and padding < 0.3
+    again, _ = batches.make_packed_score_batch_at(groups, sizes, 8, seed=3, num_steps=2 * steps, length=80)
+    for step in (13, 2):
+        for a, b in zip(again(step), batch_at(step), strict=True):
+            np.testing.assert_array_equal(a, b)
+    eights, _ = batches.make_packed_score_batch_at(groups, sizes, 8, 3, 24, 80, multiple=8)
+    assert len(eights(0).tokens) == 8 > next(iter(shapes))[0][0]
+    with pytest.raises(ValueError, match="all 101 groups have more than 2 tokens: set sequence_length above that"):
+        batches.make_packed_score_batch_at(groups, sizes, 8, 3, 24, 2)
 
 
 def test_round_up():

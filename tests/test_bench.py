@@ -38,6 +38,20 @@ def test_groups_that_share_what_they_begin_with_learn_as_separate_rows(kind):
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
+def test_pairs_of_mixed_lengths_learn_alike_in_every_layout(monkeypatch):
+    """An epoch of one batch is the same step, whatever stands in a sequence."""
+    monkeypatch.setattr(works, "MIXED_LENGTHS", (2, 9))
+    layouts = ("packed", "like", "padded")
+    sizes = dataclasses.replace(SIZES, num_layers=1)
+    made = [works.mixed_reward_work(sizes, 6, 6, layout) for layout in layouts]
+    losses = [[values["loss"] for values in called(work, 3)] for work in made]
+    for other in losses[1:]:
+        assert losses[0] == pytest.approx(other, rel=1e-5)
+    assert len(set(losses[0])) == 3
+    made = [works.mixed_reward_work(SIZES, 12, 3, layout) for layout in layouts]
+    assert len({work.tokens for work in made}) == len({work.phases for work in made}) == 1
+
+
 def test_answers_of_mixed_lengths_are_all_written():
     turns, batches = (called(works.mixed_work(SIZES, 12, 4, 3, 40, replace=replace), 1)[0] for replace in (True, False))
     for lengths in (turns, batches):

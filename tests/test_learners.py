@@ -1,5 +1,6 @@
 """Learners: each step learns, keeps the types of its state, and PPO keeps the identities that it rests on."""
 
+import dataclasses
 import functools
 
 import jax
@@ -216,6 +217,68 @@ def test_rows_that_share_tokens_score_as_each_on_its_own():
     np.testing.assert_allclose(scores, np.asarray(expected).reshape(4, 4), rtol=1e-6, atol=5e-6)
     for got, want in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.abs(want).max())
+
+
+def packed_trees(seed=0, count=6):
+    """(trees x -> {y_w, y_l} -> {y_w, y_l}; 2, 3, none and 1 of them in sequences of 64 tokens, with room for 3)."""
+    rng, trees = np.random.default_rng(seed), []
+    for _ in range(count):
+        x, (w, l) = [1, *ids(rng, 1, 6)], (ids(rng, 1, 5) for _ in range(2))
+        trees.append([[*x, 9, *ref, 10, *y, EOS] for y, ref in ((w, l), (w, w), (l, l), (l, w))])
+    return trees, batches.lay_out_groups([trees[:2], trees[2:5], [], trees[5:]], 96, 3, 4)
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention": "blocks"}, {"attention": "stripes"}, {"attention": "splash"}])
+def test_groups_of_a_sequence_score_as_each_on_its_own(changes):
+    """Scores and gradients; of 96 tokens, more than two blocks of 16 go another way than the square."""
+    model = ScalarModel(dataclasses.replace(SIZES, attention_block=16 if changes else 128, **changes))
+    trees, together = packed_trees()
+    params = jax.tree.map(lambda x: 2 * x, initial(SCORER))
+    places = [0, 1, 3, 4, 5, 9]  # of 4 sequences with room for 3 groups
+    weights = np.zeros((12, 4), np.float32)
+    weights[places] = np.random.default_rng(1).normal(size=(6, 4))
+
+    def scores_and_gradients(model, batch, weights):
+        def total(params):
+            scores = reward_model.group_scores(model, params, batch)
+            return jnp.sum(scores * weights), scores
+
+        gradient, scores = jax.jit(jax.grad(total, has_aux=True))(params)
+        return np.asarray(scores), gradient
+
+    batch = sharding.shard_batch(together)
+    assert list(np.flatnonzero(reward_model.are_groups(model, batch))) == places
+    scores, gradient = scores_and_gradients(model, batch, weights)
+    alone = sharding.shard_batch(batches.score_rows(trees))
+    expected, expected_gradient = scores_and_gradients(SCORER, alone, weights[places])
+    assert np.std(expected) > 0.1
+    np.testing.assert_allclose(scores[places], expected, rtol=1e-5, atol=1e-5)
+    for got, want in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+    # Other tokens in the group in the middle: those before and behind it do not move.
+    changed = np.where(together.segments == 2, (together.tokens + 5) % V, together.tokens)
+    changed[0] = together.tokens[0]
+    other, _ = scores_and_gradients(model, sharding.shard_batch(together._replace(tokens=changed)), weights)
+    same = [0, 1, 3, 5, 9]
+    np.testing.assert_array_equal(other[same], scores[same])
+    assert np.all(np.abs(other[4] - scores[4]) > 1e-3)
+
+
+@pytest.mark.parametrize(("width", "loss", "pieces"), [(4, "gap", 1), (4, "mse", 2), (2, "gap", 4)])
+def test_a_step_on_packed_groups_is_that_on_the_groups(width, loss, pieces):
+    """The mean over groups, whatever sequences and pieces they stand in: of four pieces one has none."""
+    trees, _ = packed_trees()
+    trees = [tree[:width] for tree in trees]
+    optimizer = optax.sgd(1.0)
+    batches_ = batches.score_rows(trees), batches.lay_out_groups([trees[:2], trees[2:5], [], trees[5:]], 96, 3, width)
+    found = []
+    for batch, accumulation in zip(batches_, (1, pieces), strict=True):
+        step = reward_model.make_train_step(SCORER, optimizer, loss=loss, accumulation=accumulation)
+        state, metrics = step(train_state.create(initial(SCORER), optimizer), sharding.shard_batch(batch))
+        found.append((jax.device_get(state.params), {k: mean(v) for k, v in metrics.items()}, metrics["loss"][1]))
+    assert found[0][2] == found[1][2] == 6
+    assert_close(found[1][:2], found[0][:2], rtol=1e-5, atol=1e-6)
+    assert found[0][1]["grad_norm"] > 0.1
 
 
 def test_scores_do_not_depend_on_the_side_of_the_padding():

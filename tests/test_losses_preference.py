@@ -147,6 +147,28 @@ def test_an_empty_response_keeps_length_normalised_dpo_finite():
     np.testing.assert_allclose(loss, [np.log(2)], rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda scores, *mask: bradley_terry(scores[:, 0], scores[:, 1], *mask),
+        lambda scores, *mask: preference.gap_loss(scores, *mask),
+        lambda scores, *mask: preference.gap_mse(scores, *mask),
+    ],
+    ids=["bradley_terry", "gap", "mse"],
+)
+def test_rows_that_a_mask_drops_do_not_count(loss):
+    scores, mask = _scores(5, 4), np.array([True, False, True, True, False])
+    scores = jnp.where(mask[:, None], scores, jnp.nan)
+    per_row, metrics = loss(scores, mask)
+    expected, expected_metrics = loss(scores[mask])
+    np.testing.assert_allclose(per_row[mask], expected, rtol=1e-6)
+    np.testing.assert_array_equal(per_row[~mask], [0.0, 0.0])
+    assert metrics.keys() == expected_metrics.keys()
+    for name, (value, weight) in metrics.items():
+        assert weight == 3 == expected_metrics[name][1]
+        np.testing.assert_allclose(value, expected_metrics[name][0], rtol=1e-6)
+
+
 def test_dpo_refuses_what_it_does_not_know():
     with pytest.raises(ValueError, match="use sigmoid, ipo or hinge"):
         dpo_loss(LOG_PROBS, REF_LOG_PROBS, beta=0.1, kind="sigmoids")

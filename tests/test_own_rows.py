@@ -119,6 +119,16 @@ def test_sequences_of_several_rows(half, tmp_path):
     assert len(rows_of) == 1 and len(seen) == rows_of[0] > 1
 
 
+@pytest.mark.parametrize("stage", ["r_p", "r_pit"])
+def test_sequences_of_several_groups(half, stage, tmp_path, capsys):
+    settings = RewardModelConfig(batch_size=B, sequence_length=100, start_from="pretrain")
+    config = common.dataclasses.replace(of_pit(), r_p=settings, r_pit=settings)
+    seen, batch = half(config, stage, pit.stage_functions, tmp_path)
+    groups_of = np.max(np.asarray(batch.segments), axis=1)
+    assert 1 < groups_of[0] <= batch.last.shape[1] and len(seen) == sum(groups_of) < B
+    assert "packed into sequences of 100 tokens, " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("stage", "copies", "distinct"), [("rl_policy", 1, 4), ("rl_pit_1", 1, 4), ("rl_pit_1", 4, 1)])
 def test_prompts_of_rl_and_their_ref_responses(half, stage, copies, distinct, tmp_path):
     seen, batch = half(of_pit(samples_per_prompt=copies), stage, pit.stage_functions, tmp_path)

@@ -203,6 +203,20 @@ def test_what_starts_from_nothing_has_no_adapters(one_device):
     assert whole["optimizer"] > 1.9 * whole["parameters"] and adapted["optimizer"] < 0.2 * adapted["parameters"]
 
 
+def test_shapes_of_packed_groups(one_device):
+    """Groups of R_P have 16 + 32 + 2 x 8 = 64 tokens at most, of R_PIT 16 + 32 + 6 x 8 = 96: three and two in 200."""
+    settings = config_lib.RewardModelConfig(batch_size=16, sequence_length=200, accumulation=4)
+    config = dataclasses.replace(SMALL, r_p=settings, r_pit=settings)
+    for stage, C, E, B in (("r_p", 2, 3, 8), ("r_pit", 4, 2, 8)):  # 6 sequences are 8 in 4 pieces
+        program, alone = named(config, stage), named(SMALL, stage)
+        state, batch = program.arguments
+        assert batch.tokens.shape == (B, 200) and batch.last.shape == (B, E, C)
+        assert program.num_tokens == B * 200 and program.model_flops == alone.model_flops
+        assert program.function.trace(state, batch).jaxpr.out_avals
+    short = named(fitting.changed(config, {"r_p.sequence_length": 32}), "r_p")  # groups of half the windows
+    assert short.batch == 16 and 0.3 * alone.model_flops < short.model_flops * 96 / 64 < 0.6 * alone.model_flops
+
+
 @pytest.mark.parametrize(
     ("values", "stage", "message"),
     [

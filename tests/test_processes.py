@@ -93,13 +93,13 @@ def test_a_process_encodes_the_rows_of_its_own_devices(numbers, count):
         first, second = (part[name] for part in parts[:: count // 2])
         assert [part[name] for part in parts] == [first] * (count // 2) + [second] * (count // 2)
         assert first + second == whole[name] and min(len(first), len(second)) >= 4
-    for name in ("r_pit_0", "r_pit_1", "dpo_0", "dpo_1"):
+    for name in ("r_pit_0", "r_pit_1", "packed_0", "packed_1", "dpo_0", "dpo_1"):
         # Half of the 16 are measured; what is learnt of the others is encoded too.
         assert sorted(whole[name]) == list(range(16))
         for i, part in enumerate(parts):
             share = 16 // count
             assert part[name][:share] == list(range(i * share, (i + 1) * share))
-            assert len(part[name]) <= share + 4
+            assert len(part[name]) <= share + (6 if name.startswith("packed") else 4)  # those of 2 of 4 sequences
 
 
 def test_a_checkpoint_of_two_processes_is_read_by_one(numbers):

@@ -4,6 +4,7 @@ The data state of a run is its step number: nothing has to be saved to resume. W
 processes; each encodes and lays out those that its own devices hold (`Rows`, `sharding.make_batch`).
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -189,15 +190,62 @@ def score_rows(groups: Sequence[Sequence[Ids]], multiple: int = 8, length: int =
         slots[:, c] = np.where(depth < shared[:, None], slots[:, c], new)
         taken += lengths[:, c] - shared
 
-    shape = (num_groups, length or round_up(int(taken.max()), multiple))
-    batch = ScoreBatch(*(np.zeros(shape, np.int32) for _ in range(3)), np.zeros((num_groups, C), np.int32))
+    batch = _no_groups(num_groups, length or round_up(int(taken.max()), multiple), 1, C)
     for c in range(C):
         i, t = np.nonzero(depth < lengths[:, c, None])
         at = i, slots[i, c, t]
-        batch.tokens[at], batch.positions[at] = rows[i, c, t], t
+        batch.tokens[at], batch.segments[at], batch.positions[at] = rows[i, c, t], 1, t
         batch.members[at] |= 1 << c
-        batch.last[:, c] = slots[np.arange(num_groups), c, lengths[:, c] - 1]
+        batch.last[:, 0, c] = slots[np.arange(num_groups), c, lengths[:, c] - 1]
     return batch
+
+
+def _no_groups(num_sequences: int, length: int, num_groups: int, num_rows: int) -> ScoreBatch:
+    shape = num_sequences, length
+    return ScoreBatch(
+        *(np.zeros(shape, np.int32) for _ in range(4)), np.zeros((num_sequences, num_groups, num_rows), np.int32)
+    )
+
+
+def lay_out_groups(
+    sequences: Sequence[Sequence[Sequence[Ids]]], length: int, num_groups: int, num_rows: int
+) -> ScoreBatch:
+    """Sequences of any number of groups, one behind the other, as `score_rows` lays each of them out.
+
+    Args:
+      sequences: [sequences][up to num_groups][num_rows] rows of ids.
+      length: T.
+      num_groups: E.
+      num_rows: C.
+
+    Returns:
+      ScoreBatch of numpy arrays.
+    """
+    batch = _no_groups(len(sequences), length, num_groups, num_rows)
+    places = [(s, e) for s, groups in enumerate(sequences) for e in range(len(groups))]
+    if not places:
+        return batch
+    alone = score_rows([sequences[s][e] for s, e in places])
+    sizes, start = np.sum(alone.segments, axis=1), 0
+    for i, (s, e) in enumerate(places):
+        start = start if e else 0
+        stop = start + sizes[i]
+        for all, one in zip(batch[:4], alone[:4], strict=True):
+            all[s, start:stop] = one[i, : sizes[i]]
+        batch.segments[s, start:stop] = e + 1
+        batch.last[s, e] = start + alone.last[i, 0]
+        start = stop
+    return batch
+
+
+def group_sizes(groups: Sequence[Sequence[Ids]]) -> np.ndarray:
+    """(tokens that `score_rows` lays out, rows) of each group, [N, 2] int32, `measured` in shares."""
+
+    def sizes(some: list) -> np.ndarray:
+        tokens = np.sum(score_rows(some).segments, axis=1, dtype=np.int32)
+        return np.stack([tokens, np.full_like(tokens, len(some[0]))], axis=1)
+
+    return measured(groups, sizes)
 
 
 def prompt_rows(prompts: Sequence[Ids], length: int) -> PromptBatch:
@@ -266,17 +314,95 @@ def like_length_numbers(padded: np.ndarray, batch_size: int, step: int, seed: in
     return rows, int(padded[rows].max())
 
 
+def mixed_length_numbers(lengths: np.ndarray, batch_size: int, epoch: int, seed: int) -> np.ndarray:
+    """Which rows are the batches of an epoch, [batches, batch_size]: all batches are about as long in sum.
+
+    Of n batches each gets one of the n longest rows [N], one of the next n, and so on, in this order; which one, is
+    drawn anew every epoch. What is left of a fresh permutation over whole batches is not read in this epoch. Fewer rows
+    than a batch are repeated.
+    """
+    num_batches = max(len(lengths) // batch_size, 1)
+    rng = np.random.default_rng([seed, epoch])
+    rows = np.resize(rng.permutation(len(lengths)), num_batches * batch_size)
+    rows = rows[np.argsort(-lengths[rows], kind="stable")].reshape(batch_size, num_batches)
+    return rng.permuted(rows, axis=1).T
+
+
+def make_packed_score_batch_at(
+    groups: Sequence[Sequence[Ids]],
+    sizes: np.ndarray,
+    batch_size: int,
+    seed: int,
+    num_steps: int,
+    length: int,
+    multiple: int = 1,
+) -> tuple[Callable[[int], ScoreBatch], float]:
+    """`batch_at(step)` of `batch_size` groups each, packed into sequences of one length: one compiled shape.
+
+    There are as many sequences as the fullest batch of all steps needs, and each has room for as many groups as the
+    fullest sequence holds: both follow from the sizes, the seed and the number of steps.
+
+    Args:
+      groups: of rows of ids; those of more than `length` tokens are left out.
+      sizes: their `group_sizes`.
+      batch_size: groups.
+      seed, num_steps: of the training.
+      length: T.
+      multiple: of which the number of sequences is.
+
+    Returns:
+      (batch_at, the share of its tokens that is padding).
+
+    Raises:
+      ValueError: where no group has so few tokens.
+    """
+    fitting = np.flatnonzero(sizes[:, 0] <= length)
+    if not len(fitting):
+        raise ValueError(f"all {len(sizes)} groups have more than {length} tokens: set sequence_length above that")
+    lengths = sizes[fitting, 0]
+    num_batches = max(len(fitting) // batch_size, 1)
+
+    @functools.lru_cache(maxsize=1)
+    def epoch(number: int) -> list[list[np.ndarray]]:
+        """Numbers of the groups of each sequence of each batch."""
+        batches = mixed_length_numbers(lengths, batch_size, number, seed)
+        held = (pack(lengths[rows].tolist(), length, open_sequences=batch_size) for rows in batches)
+        return [[fitting[rows[at]] for at in sequences] for rows, sequences in zip(batches, held, strict=True)]
+
+    all_batches = [held for number in range(-(-num_steps // num_batches)) for held in epoch(number)]
+    num_sequences = round_up(max(map(len, all_batches)), multiple)
+    num_groups = max(len(numbers) for held in all_batches for numbers in held)
+    num_tokens = sum(int(sizes[numbers, 0].sum()) for held in all_batches for numbers in held)
+
+    def batch_at(step: int) -> ScoreBatch:
+        held = epoch(step // num_batches)[step % num_batches]
+
+        def make(own: np.ndarray) -> ScoreBatch:
+            sequences = [[groups[i] for i in held[n]] if n < len(held) else [] for n in own]
+            return lay_out_groups(sequences, length, num_groups, int(sizes[0, 1]))
+
+        return sharding.make_batch(num_sequences, make)
+
+    return batch_at, 1 - num_tokens / (len(all_batches) * num_sequences * length)
+
+
 def make_score_batch_at(
-    groups: Sequence[Sequence[Ids]], batch_size: int, seed: int, num_steps: int, steps_per_shape: int = 4
+    groups: Sequence[Sequence[Ids]],
+    sizes: np.ndarray,
+    batch_size: int,
+    seed: int,
+    num_steps: int,
+    steps_per_shape: int = 4,
 ) -> Callable[[int], ScoreBatch]:
     """`batch_at(step)` whose batches hold groups of like length and are as long as it, so that little is padding.
+
+    `sizes` are the `group_sizes` of the groups.
 
     Each length is another compiled shape, so there is one for every `steps_per_shape` of the `num_steps` at most, and
     eight at most.
     """
     smallest = max(0.125, min(1.0, steps_per_shape / num_steps))
-    slots = measured(groups, lambda some: np.sum(score_rows(some).members > 0, axis=1, dtype=np.int32))
-    padded = length_buckets(slots, smallest=smallest)
+    padded = length_buckets(sizes[:, 0], smallest=smallest)
 
     def batch_at(step: int) -> ScoreBatch:
         rows, length = like_length_numbers(padded, batch_size, step, seed)

@@ -13,20 +13,35 @@ from pit_jax.types import Array, Metrics, Params, ScoreBatch
 
 
 def group_scores(model: ScalarModel, params: Params, batch: ScoreBatch) -> Array:
-    """Scores [B, C] of groups of rows, in one forward pass over what the rows of a group share and what they do not."""
-    segments = (batch.members > 0).astype(jnp.int32)
-    values = model.apply(params, batch.tokens, segments, batch.positions, batch.members)
-    is_last = batch.last[:, :, None] == jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)
-    return jnp.sum(jnp.where(is_last, values[:, None, :], 0.0), axis=2)
+    """Scores [B * E, C] of groups of rows, in one pass over what the rows of a group share and what they do not.
+
+    Those of the groups of a sequence come one after the other; `are_groups` says which are of no group.
+    """
+    values = model.apply(params, batch.tokens, batch.segments, batch.positions, batch.members)
+    is_last = batch.last[..., None] == jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)
+    scores = jnp.sum(jnp.where(is_last, values[:, None, None, :], 0.0), axis=3)
+    return jnp.reshape(scores, (-1, scores.shape[2]), out_sharding=model.rules.spec("batch", None))
 
 
-def preference_loss(scores: Array, loss: str) -> tuple[Array, Metrics]:
-    """Per-row loss of scores [B, 2] (R_P) or [B, 4] (R_PIT, order of `GAP_PAIRINGS`) by the name of the config."""
+def are_groups(model: ScalarModel, batch: ScoreBatch) -> Array:
+    """[B * E] bool, which of the scores are those of a group: a sequence may hold less than E."""
+    found = jnp.arange(batch.last.shape[1]) < jnp.max(batch.segments, axis=1, keepdims=True)
+    return jnp.reshape(found, (-1,), out_sharding=model.rules.spec("batch"))
+
+
+def preference_loss(scores: Array, loss: str, mask: Array | None = None) -> tuple[Array, Metrics]:
+    """Per-row loss of scores [B, 2] (R_P) or [B, 4] (R_PIT, order of `GAP_PAIRINGS`) by the name of the config.
+
+    Args:
+      scores: of groups.
+      loss: gap, gap_no_diagonal or mse, for R_PIT.
+      mask: [B] bool, those that count; None: all.
+    """
     if scores.shape[1] == 2:
-        return preference.bradley_terry(scores[:, 0], scores[:, 1])
+        return preference.bradley_terry(scores[:, 0], scores[:, 1], mask)
     if loss == "mse":
-        return preference.gap_mse(scores)
-    return preference.gap_loss(scores, diagonal=loss == "gap")
+        return preference.gap_mse(scores, mask)
+    return preference.gap_loss(scores, mask, diagonal=loss == "gap")
 
 
 def make_train_step(
@@ -35,8 +50,9 @@ def make_train_step(
     """The jitted step; the state is donated."""
 
     def summed(params, batch):
-        per_row, metrics = preference_loss(group_scores(model, params, batch), loss)
-        return (jnp.sum(per_row), jnp.float32(per_row.shape[0])), metrics
+        mask = are_groups(model, batch)
+        per_row, metrics = preference_loss(group_scores(model, params, batch), loss, mask)
+        return (jnp.sum(per_row), jnp.sum(mask.astype(jnp.float32))), metrics
 
     def train_step(state: TrainState, batch: ScoreBatch):
         grads, metrics = gradients(summed, state.params, batch, accumulation)

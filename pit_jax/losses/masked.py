@@ -89,7 +89,14 @@ def masked_metric(x: Array, mask: Array) -> Metric:
     return masked_sum(x, mask), jnp.sum(mask, dtype=jnp.float32)
 
 
-def row_metric(x: Array) -> Metric:
-    """(sum, number of rows) of one value per row, [B]."""
+def kept(x: Array, mask: Array | None) -> Array:
+    """`x` where a mask keeps it, and else 0; all of it where there is no mask."""
+    return x if mask is None else jnp.where(mask, x, 0.0)
+
+
+def row_metric(x: Array, mask: Array | None = None) -> Metric:
+    """(sum, number of rows) of one value per row, [B]; of the rows that a mask keeps, where there is one."""
     chex.assert_rank(x, 1)
+    if mask is not None:
+        return masked_metric(x, mask)
     return jnp.sum(at_least_float32(x)), jnp.float32(x.shape[0])

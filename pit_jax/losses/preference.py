@@ -1,23 +1,24 @@
 """Losses on pairs of responses: Bradley-Terry (R_P), the gap loss (R_PIT, Equation 2) and DPO.
 
 A row is one pair, and the loss is the mean over rows: sum / weight of `metrics["loss"]`. An accuracy counts a row only
-where the better side is strictly ahead; a tie is an error.
+where the better side is strictly ahead; a tie is an error. Rows that a mask drops have loss 0 and no weight.
 """
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from pit_jax.losses.masked import at_least_float32, row_metric
+from pit_jax.losses.masked import at_least_float32, kept, row_metric
 from pit_jax.types import GAP_PAIRINGS, Array, Metrics
 
 
-def bradley_terry(chosen_scores: Array, rejected_scores: Array) -> tuple[jax.Array, Metrics]:
+def bradley_terry(chosen_scores: Array, rejected_scores: Array, mask: Array | None = None) -> tuple[jax.Array, Metrics]:
     """L_RM_P = -log sigmoid(r_w - r_l) (PIT section 3.3).
 
     Args:
       chosen_scores: [B], r_w = R_P(x, y_w).
       rejected_scores: [B], r_l = R_P(x, y_l).
+      mask: [B] bool, rows that count; None: all.
 
     Returns:
       (loss [B], metrics: loss, accuracy, margin, chosen_score, rejected_score).
@@ -27,34 +28,35 @@ def bradley_terry(chosen_scores: Array, rejected_scores: Array) -> tuple[jax.Arr
     chex.assert_type([chosen_scores, rejected_scores], float)
     chosen_scores, rejected_scores = at_least_float32(chosen_scores), at_least_float32(rejected_scores)
     margin = chosen_scores - rejected_scores
-    loss = -jax.nn.log_sigmoid(margin)
+    loss = kept(-jax.nn.log_sigmoid(margin), mask)
     return loss, {
-        "loss": row_metric(loss),
-        "accuracy": row_metric(margin > 0),
-        "margin": row_metric(margin),
-        "chosen_score": row_metric(chosen_scores),
-        "rejected_score": row_metric(rejected_scores),
+        "loss": row_metric(loss, mask),
+        "accuracy": row_metric(margin > 0, mask),
+        "margin": row_metric(margin, mask),
+        "chosen_score": row_metric(chosen_scores, mask),
+        "rejected_score": row_metric(rejected_scores, mask),
     }
 
 
-def _gap_metrics(loss: Array, scores: Array) -> Metrics:
+def _gap_metrics(loss: Array, scores: Array, mask: Array | None) -> Metrics:
     gaps = {"".join(pairing): scores[:, i] for i, pairing in enumerate(GAP_PAIRINGS)}
-    metrics = {f"gap_{name}": row_metric(gap) for name, gap in gaps.items()}
-    metrics["loss"] = row_metric(loss)
-    metrics["accuracy"] = row_metric(gaps["wl"] > gaps["lw"])
+    metrics = {f"gap_{name}": row_metric(gap, mask) for name, gap in gaps.items()}
+    metrics["loss"] = row_metric(loss, mask)
+    metrics["accuracy"] = row_metric(gaps["wl"] > gaps["lw"], mask)
     # Equation 1 asks for the whole order; a model that ignores y_2 has the right accuracy and wl == ww here.
     diagonal = jnp.maximum(gaps["ww"], gaps["ll"]), jnp.minimum(gaps["ww"], gaps["ll"])
-    metrics["order_accuracy"] = row_metric((gaps["wl"] > diagonal[0]) & (diagonal[1] > gaps["lw"]))
+    metrics["order_accuracy"] = row_metric((gaps["wl"] > diagonal[0]) & (diagonal[1] > gaps["lw"]), mask)
     return metrics
 
 
-def gap_loss(scores: Array, *, diagonal: bool = True) -> tuple[jax.Array, Metrics]:
+def gap_loss(scores: Array, mask: Array | None = None, *, diagonal: bool = True) -> tuple[jax.Array, Metrics]:
     """L_RM_PIT of PIT Equation 2, with log s for log sigmoid and wl for r_gap(x, y_w, y_l):
 
         -[log s(wl - ww) + log s(wl - ll) + log s(wl - lw) + log s(ww - lw) + log s(ll - lw)]
 
     Args:
       scores: [B, 4], r_gap of the pairings in the order of `GAP_PAIRINGS`: wl, ww, ll, lw.
+      mask: [B] bool, rows that count; None: all.
       diagonal: False keeps only -log s(wl - lw), the first objective of appendix C: a model can minimise it while it
         ignores y_2.
 
@@ -66,15 +68,16 @@ def gap_loss(scores: Array, *, diagonal: bool = True) -> tuple[jax.Array, Metric
     scores = at_least_float32(scores)
     wl, ww, ll, lw = (scores[:, i] for i in range(len(GAP_PAIRINGS)))
     differences = [wl - ww, wl - ll, wl - lw, ww - lw, ll - lw] if diagonal else [wl - lw]
-    loss = -sum(jax.nn.log_sigmoid(difference) for difference in differences)
-    return loss, _gap_metrics(loss, scores)
+    loss = kept(-sum(jax.nn.log_sigmoid(difference) for difference in differences), mask)
+    return loss, _gap_metrics(loss, scores, mask)
 
 
-def gap_mse(scores: Array) -> tuple[jax.Array, Metrics]:
+def gap_mse(scores: Array, mask: Array | None = None) -> tuple[jax.Array, Metrics]:
     """Mean squared error to r_gap = 1, 0.5, 0.5, 0 for wl, ww, ll, lw (PIT appendix C, the pointwise option).
 
     Args:
       scores: [B, 4], in the order of `GAP_PAIRINGS`.
+      mask: [B] bool, rows that count; None: all.
 
     Returns:
       (loss [B], metrics as in `gap_loss`).
@@ -82,8 +85,9 @@ def gap_mse(scores: Array) -> tuple[jax.Array, Metrics]:
     chex.assert_shape(scores, (None, len(GAP_PAIRINGS)))
     chex.assert_type(scores, float)
     scores = at_least_float32(scores)
-    loss = jnp.mean(jnp.square(scores - jnp.array([1.0, 0.5, 0.5, 0.0], scores.dtype)), axis=1)
-    return loss, _gap_metrics(loss, scores)
+    targets = jnp.array([1.0, 0.5, 0.5, 0.0], scores.dtype)
+    loss = kept(jnp.mean(jnp.square(scores - targets), axis=1), mask)
+    return loss, _gap_metrics(loss, scores, mask)
 
 
 def dpo_loss(

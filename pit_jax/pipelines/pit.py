@@ -186,7 +186,19 @@ def reward_stage(
         params = {"params": {**common.init_params(model, common.key_of(config, stage))["params"], "backbone": backbone}}
 
     groups = batches.Rows(rows, lambda row: make_groups(e, [row])[0])
-    num_steps = settings.num_steps or max(1, round(settings.num_epochs * len(rows) / settings.batch_size))
+    sizes = batches.group_sizes(groups)
+    length = settings.sequence_length
+    num_rows = int(np.sum(sizes[:, 0] <= length)) if length else len(rows)
+    num_steps = settings.num_steps or max(1, round(settings.num_epochs * num_rows / settings.batch_size))
+    of_data = groups, sizes, settings.batch_size, common.seed_of(config, stage), num_steps
+    if length:
+        if num_rows < len(rows):
+            print(f"  {len(rows) - num_rows} of {len(rows)} rows are longer than {length} tokens and dropped")
+        pieces = settings.accumulation * sharding.mesh_shape()["data"]
+        batch_at, padding = batches.make_packed_score_batch_at(*of_data, length, pieces)
+        print(f"  packed into sequences of {length} tokens, {padding:.0%} of them padding", flush=True)
+    else:
+        batch_at = batches.make_score_batch_at(*of_data)
     optimizer = optimizers.make_optimizer(settings.optimizer, num_steps)
     candidates = context.workdir.candidates(stage)
     selection = make_groups(e, context.rows["selection"])
@@ -201,7 +213,7 @@ def reward_stage(
         train_state.create(common.with_adapters(context, stage, params), optimizer),
         stage=stage,
         num_steps=num_steps,
-        batch_at=batches.make_score_batch_at(groups, settings.batch_size, common.seed_of(config, stage), num_steps),
+        batch_at=batch_at,
         train_step=reward_model.make_train_step(
             model, optimizer, loss=settings.loss, accumulation=settings.accumulation
         ),
@@ -217,7 +229,8 @@ def reward_stage(
     params = lora.with_trained(params, candidates.load(best, lora.trained(params)))
     common.leave_model(context, stage, params, base)
     accuracy = measured[best]["accuracy"]
-    return {"steps": num_steps, "rows": len(rows), "chosen_step": best, "selection_accuracy": accuracy}
+    found = {"steps": num_steps, "rows": num_rows, "over_length": len(rows) - num_rows}
+    return found | {"chosen_step": best, "selection_accuracy": accuracy}
 
 
 def final_stage(config: PitConfig) -> str:
