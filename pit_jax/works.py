@@ -289,6 +289,44 @@ def sampling_work(sizes: ModelConfig, rows: int, prompt: int, new: int) -> Work:
     return Work(rows * new, "new tokens", sampling_phases(sizes, rows, prompt, new), start)
 
 
+def prompts_work(sizes: ModelConfig, rows: int, size: int, window: int, new: int, *, padded: bool = False) -> Work:
+    """Answers of `new` tokens to prompts of which half have less than a fifth of the window: what dialogues are like.
+
+    Args:
+      sizes: of the decoder.
+      rows, size: prompts, and rows of a batch.
+      window: tokens of the longest prompt.
+      new: tokens of an answer.
+      padded: whether all prompts are padded to the window, in the order in which they come.
+    """
+    generate = common.jitted_generate(Transformer(sizes), SamplingConfig(max_new_tokens=new), NEVER)
+    rng = np.random.default_rng(0)
+    lengths = np.minimum(8 + rng.exponential(0.25 * window, rows), window).astype(np.int32)
+    prompts = [rng.integers(3, sizes.vocab_size, n, dtype=np.int32) for n in lengths]
+    buckets = np.full_like(lengths, window) if padded else batches.prompt_lengths(lengths, window)
+    read = batches.like_length_batches(buckets, size)
+
+    def start(compile: Callable) -> Callable[[int], Any]:
+        params = common.init_params(Transformer(sizes), jax.random.key(0))
+        key, made = jax.random.key(0), {}
+        put = lambda numbers, length: sharding.shard_batch(  # noqa: E731
+            batches.prompt_rows([prompts[i] for i in numbers], length)
+        )
+        for numbers, length in read:
+            if length not in made:
+                made[length] = compile(generate, params, put(numbers, length), key)
+
+        def call(i: int):
+            return [
+                sharding.to_host(made[length](params, put(numbers, length), key)).tokens for numbers, length in read
+            ]
+
+        return call
+
+    flops = sum(forward_flops(sizes, 1, n, 1) + forward_flops(sizes, 1, new, new, start=n) for n in lengths.tolist())
+    return Work(rows * new, "new tokens", (Phase(flops),), start)
+
+
 def mixed_work(sizes: ModelConfig, rows: int, slots: int, prompt: int, new: int, *, replace: bool) -> Work:
     """Answers of 1 to `new` tokens, 32 in the mean, `slots` at a time: the vocabulary has 32 words, and EOS is one.
 
@@ -376,9 +414,9 @@ def works() -> dict[str, Callable[[], Work]]:
         "dpo_small_rows": make(dpo_work, small, 8, 128, 128, shared=False),
         "rm_small": make(reward_work, small, 8, 0, 256, gap=False),
         "rm_small_prompt": make(reward_work, small, 8, 128, 128, gap=False),
-        "rm_tiny_mixed": make(mixed_reward_work, tiny, 128, 16, "packed"),
-        "rm_tiny_mixed_like": make(mixed_reward_work, tiny, 128, 16, "like"),
-        "rm_tiny_mixed_padded": make(mixed_reward_work, tiny, 128, 16, "padded"),
+        "rm_tiny_mixed": make(mixed_reward_work, tiny, 64, 8, "packed"),
+        "rm_tiny_mixed_like": make(mixed_reward_work, tiny, 64, 8, "like"),
+        "rm_tiny_mixed_padded": make(mixed_reward_work, tiny, 64, 8, "padded"),
         "gap_small_128": make(reward_work, small, 4, 128, 128, gap=True),
         "gap_small_128_rows": make(reward_work, small, 4, 128, 128, gap=True, shared=False),
         "gap_small_512": make(reward_work, small, 1, 512, 512, gap=True),
@@ -387,6 +425,8 @@ def works() -> dict[str, Callable[[], Work]]:
         "gen_small_b64": make(sampling_work, small, 64, 128, 128),
         "gen_tiny_b16": make(sampling_work, tiny, 16, 128, 128),
         "gen_tiny_b64": make(sampling_work, tiny, 64, 128, 128),
+        "gen_tiny_prompts": make(prompts_work, tiny, 128, 32, 512, 64),
+        "gen_tiny_prompts_padded": make(prompts_work, tiny, 128, 32, 512, 64, padded=True),
         "gen_small_mixed": make(mixed_work, small, 128, 16, 128, 128, replace=True),
         "gen_small_mixed_batches": make(mixed_work, small, 128, 16, 128, 128, replace=False),
         "gen_tiny_mixed": make(mixed_work, tiny, 128, 16, 128, 128, replace=True),

@@ -101,6 +101,7 @@ def main(folder: Path, dies: bool) -> None:
         take("dpo", dpo.make_train_step(POLICY, adam, beta=0.1), create(adapted), of_pairs)
         fresh = checkpoint.restore(folder / "checkpoints", 2, state).params  # training takes its memory
         rl(fresh, init_params(SCORER, jax.random.key(2)), found)
+        found["prompt_length"] = batches.longest_prompt_length([[1] * 9] * 15 + [[1] * 200], 512)
     files.write_json_atomic(folder / f"encoded_{jax.process_index()}.json", encoded)
     found["of_first"] = processes.on_first(lambda: {"pid": np.int64(7)})["pid"]
     if processes.is_first():

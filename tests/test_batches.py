@@ -217,6 +217,29 @@ def test_score_batches_of_like_length():
     assert {short(step).tokens.shape[1] for step in range(4)} == {batches.round_up(int(lengths.max()))}
 
 
+def test_padded_lengths_of_prompts_by_hand():
+    """Quarters of 520 are 130, 260 and 390; of 300 there are two parts, of 100 one."""
+    lengths = np.asarray([1, 136, 137, 264, 392, 393, 520])
+    np.testing.assert_array_equal(batches.prompt_lengths(lengths, 518), [136, 136, 264, 264, 392, 520, 520])
+    np.testing.assert_array_equal(batches.prompt_lengths(np.asarray([3, 152, 153, 300]), 300), [152, 152, 304, 304])
+    np.testing.assert_array_equal(batches.prompt_lengths(np.asarray([3, 100]), 100), [104, 104])
+    prompts = [[1] * n for n in (30, 140, 20)]
+    assert batches.longest_prompt_length(prompts, 518) == 264
+    assert batches.longest_prompt_length(prompts[::2], 518) == 136
+    with pytest.raises(ValueError, match="prompt 0 has 521 tokens, more than the window 520"):
+        batches.prompt_rows([[1] * 521], batches.longest_prompt_length([[1] * 521], 518))
+    never = batches.Rows(range(3), lambda i: pytest.fail("of a short window there is nothing to measure"))
+    assert batches.longest_prompt_length(never, 100) == 104
+
+
+def test_batches_of_like_length_by_hand():
+    found = batches.like_length_batches(np.asarray([16, 8, 16, 8, 24, 8, 16]), 3)
+    assert [(rows.tolist(), length) for rows, length in found] == [([1, 3, 5], 8), ([0, 2, 6], 16), ([4, 4, 4], 24)]
+    found = batches.like_length_batches(np.asarray([8, 8, 8, 8]), 3)
+    assert [(rows.tolist(), length) for rows, length in found] == [([0, 1, 2], 8), ([3, 3, 3], 8)]
+    assert batches.like_length_batches(np.zeros(0, np.int32), 3) == []
+
+
 def test_batches_of_mixed_lengths_by_hand():
     """Three batches of 2: the three longest rows go to one each, the longest first, and so do the three shortest."""
     lengths = np.asarray([5, 40, 6, 41, 42, 7], np.int32)

@@ -59,6 +59,14 @@ def test_answers_of_mixed_lengths_are_all_written():
         assert len(np.unique(lengths)) > 4
 
 
+def test_the_same_prompts_are_answered_in_other_batches():
+    """12 prompts, most of them short; the padding does not change what is written, but the noise is that of places."""
+    ours, padded = (works.prompts_work(SIZES, 12, 4, 256, 3, padded=padded) for padded in (False, True))
+    assert ours.tokens == padded.tokens and ours.phases == padded.phases
+    shapes = [[x.shape[1] for x in called(work, 1)[0]] for work in (ours, padded)]
+    assert shapes[1] == [256 + 3] * 3 and shapes[0][0] == 128 + 3 and max(shapes[0]) == 256 + 3
+
+
 def test_an_iteration_of_ppo_and_a_step_of_sft_run():
     first, second = called(works.ppo_work(SIZES, 4, 5, 6, 2))
     for values in (first, second):

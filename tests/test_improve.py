@@ -1,11 +1,16 @@
 """How answers are improved: which row goes on, what is kept, what is counted; with methods whose answers are known."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from pit_jax.pipelines import improve, samples
+from pit_jax.config import ModelConfig, SamplingConfig
+from pit_jax.data import batches
+from pit_jax.models.transformer import Transformer
+from pit_jax.pipelines import common, improve, samples
 from pit_jax.pipelines.improve import Row, Step, StopRules
 
 KEY = jax.random.key(0)
@@ -178,6 +183,32 @@ def test_a_difference_within_the_error_stops_earlier():
     assert improve.calibrate(rows, scores) == 1.0
     scores = np.asarray([[0.0, 1.0, 1.1]] * 4)
     assert improve.calibrate(rows, scores) == 0.0, "the same mean without error: no stop"
+
+
+@pytest.mark.usefixtures("one_device")
+def test_prompts_of_like_length_are_read_together(monkeypatch):
+    """Every answer is that to its prompt padded to the whole window, in the order of the prompts."""
+    sizes = ModelConfig(vocab_size=16, num_layers=1, d_model=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=16)
+    model, rng = Transformer(sizes), np.random.default_rng(0)
+    context = types.SimpleNamespace(encoder=types.SimpleNamespace(tokenizer=types.SimpleNamespace(eos_id=2)))
+    monkeypatch.setattr(common, "model_of", lambda *_: model)
+    params = jax.tree.map(lambda x: 3 * x, common.init_params(model, jax.random.key(0)))
+    prompts = [rng.integers(3, 16, n).tolist() for n in (250, 3, 130, 7, 20)]
+    draws = np.asarray([(i, 1) for i in range(5)], np.uint32)
+    shapes, prompt_rows = [], batches.prompt_rows
+    monkeypatch.setattr(batches, "prompt_rows", lambda some, n: shapes.append((len(some), n)) or prompt_rows(some, n))
+
+    def ask():
+        sampler = samples.Sampler(context, "any", 256, SamplingConfig(max_new_tokens=6), 2, params)
+        return sampler(prompts, KEY, draws), shapes[-3:]
+
+    found, read = ask()
+    assert read == [(2, 128), (2, 256), (2, 256)]
+    monkeypatch.setattr(batches, "prompt_lengths", lambda lengths, window: np.full_like(lengths, window))
+    expected, read = ask()
+    assert read == [(2, 256)] * 3
+    assert found == expected and [step.read for step in found] == [250, 3, 130, 7, 20]
+    assert len({step.ids for step in found}) == 5
 
 
 def test_noise_of_rows():

@@ -18,6 +18,7 @@ from pit_jax.config import (
     PPOConfig,
     PretrainConfig,
     RewardModelConfig,
+    SamplingConfig,
 )
 from pit_jax.data import batches, encode, synthetic, synthetic_text, templates, tokenizer
 from pit_jax.evaluation import judges, store
@@ -344,6 +345,23 @@ def rl_context(root, encoder, rows, temperature=0.5):
     for stage, value in (("rl_policy", 5.0), ("rl_pit_1", 6.0), ("rl_pit_2", 7.0)):
         context.workdir.save_model(stage, filled(context, stage, value))
     return context
+
+
+def test_a_sample_does_not_depend_on_the_length_that_prompts_are_padded_to(tmp_path, rows, encoder, monkeypatch):
+    context = make_context(tmp_path, encoder)
+    model = common.model_of(context, "sft_policy")
+    params = jax.tree.map(lambda x: 3 * x, common.init_params(model, jax.random.key(1)))
+    prompts = [encoder.policy_prompt(r.prompt) for r in rows[:6]]
+    settings, eos = SamplingConfig(max_new_tokens=4), encoder.tokenizer.eos_id
+    ask = lambda: common.sample(  # noqa: E731
+        model, params, prompts, jax.random.key(0), window=256, settings=settings, eos_id=eos, batch_size=4
+    )
+    shapes, prompt_rows = [], batches.prompt_rows
+    monkeypatch.setattr(batches, "prompt_rows", lambda some, n: shapes.append(n) or prompt_rows(some, n))
+    found = ask()
+    monkeypatch.setattr(batches, "longest_prompt_length", lambda prompts, window: window)
+    assert found == ask() and len(set(map(tuple, found))) > 3
+    assert shapes == [128, 128, 256, 256]
 
 
 def test_references_of_the_policy(tmp_path, rows, encoder, drawn):

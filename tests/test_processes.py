@@ -72,6 +72,7 @@ def test_the_numbers_of_one_process(numbers, count):
     assert several.pop("processes") == count and one.pop("processes") == 1
     assert one.keys() == several.keys()
     assert several["restored"] == [2, True] and several["of_first"] == 7
+    assert several["prompt_length"] == 256, "the longest prompt is one of the last process"
     assert several["tokens"] == one["tokens"] and len(np.unique(one["tokens"])) > 16
     for name in several:
         values = [x[name] if isinstance(x[name], dict) else {"": x[name]} for x in (one, several)]

@@ -207,6 +207,17 @@ def test_the_answers_to_one_prompt_stand_together_and_share_its_ref_response(run
     assert prompts[:4] == [prompts[0]] * 4 and prompts[4:] == [prompts[4]] * 4 and prompts[0] != prompts[4]
 
 
+def test_prompts_are_padded_to_the_longest_of_their_batch(run, collected, monkeypatch):
+    asked = []
+    monkeypatch.setattr(pit.batches, "longest_prompt_length", lambda prompts, window: asked.append(
+        (max(map(len, prompts)), window)
+    ) or asked[-1][0])  # fmt: skip
+    _, context = run("rl_pit_1", num_iterations=1)
+    longest = [len(context.encoder.pit_prompt("0?", y)) for y in ("0<", "0++")]  # of selection, and of the batch
+    assert asked == [(n, context.encoder.pit_window) for n in longest]
+    assert [call.batch.prompts.tokens.shape[1] for call in collected.seen[:2]] == longest
+
+
 def test_seconds_of_an_iteration_by_what_they_are_spent_on(run, collected, monkeypatch):
     """A clock that stands still but for 2, 16 and 32 seconds; measuring the rows of selection is no part of a step."""
     collected.seconds.update(rollout=2, reward=16, update=32)

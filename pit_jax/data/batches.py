@@ -258,6 +258,38 @@ def prompt_rows(prompts: Sequence[Ids], length: int) -> PromptBatch:
     return PromptBatch(tokens, np.asarray([len(ids) for ids in prompts], np.int32))
 
 
+def prompt_lengths(lengths: np.ndarray, window: int) -> np.ndarray:
+    """The padded length of each prompt [N], of `lengths` [N] tokens up to `window`: quarters of the window.
+
+    They do not depend on what prompts there are: each is a compiled shape of several programs. Of a short window there
+    are fewer parts, of 128 tokens at least.
+    """
+    window = round_up(window)
+    parts = min(max(window // 128, 1), 4)
+    padded = np.asarray([round_up(-(-window * part // parts)) for part in range(1, parts + 1)], np.int32)
+    return padded[np.minimum(np.searchsorted(padded, lengths), parts - 1)]
+
+
+def longest_prompt_length(prompts: Sequence[Ids], window: int) -> int:
+    """That of `prompt_lengths` to which all prompts of a batch are padded, the same in all processes."""
+    if prompt_lengths(np.asarray(1), window) == round_up(window):
+        return round_up(window)  # there is no other, and nothing to measure
+    lengths = measured(prompts, lambda some: np.asarray([len(ids) for ids in some], np.int32))
+    return int(prompt_lengths(lengths.max(), window))
+
+
+def like_length_batches(padded: np.ndarray, batch_size: int) -> list[tuple[np.ndarray, int]]:
+    """(row numbers [batch_size], length) of batches of all rows, from the shortest padded length [N] to the longest.
+
+    The last batch repeats its last row; rows of one length keep their order.
+    """
+    order, found = np.argsort(padded, kind="stable"), []
+    for start in range(0, len(order), batch_size):
+        numbers = order[np.minimum(np.arange(start, start + batch_size), len(order) - 1)]
+        found.append((numbers, int(padded[numbers].max())))
+    return found
+
+
 def row_numbers(num_rows: int, batch_size: int, step: int, seed: int) -> np.ndarray:
     """Which rows are the batch of `step`: a fresh permutation every epoch, batches that run across epoch ends.
 

@@ -648,11 +648,12 @@ def sample(
     eos_id: int,
     batch_size: int = 128,
 ) -> list[list[int]]:
-    """One response per prompt as ids without EOS, in batches of one shape."""
+    """One response per prompt as ids without EOS, in batches as long as `batches.longest_prompt_length`."""
     responses: list[list[int]] = []
+    length = batches.longest_prompt_length(prompts, window) if prompts else 0
     for i, start in enumerate(range(0, len(prompts), batch_size)):
         numbers = np.minimum(np.arange(start, start + batch_size), len(prompts) - 1)
-        make = lambda own: batches.prompt_rows([prompts[j] for j in numbers[own]], batches.round_up(window))  # noqa: B023, E731
+        make = lambda own: batches.prompt_rows([prompts[j] for j in numbers[own]], length)  # noqa: B023, E731
         batch = sharding.make_batch(batch_size, make)
         rollout = jitted_generate(model, settings, eos_id)(params, batch, jax.random.fold_in(key, i))
         responses += response_ids(sharding.to_host(rollout), eos_id)

@@ -38,7 +38,7 @@ from pit_jax.pipelines import common
 from pit_jax.pipelines.common import Context, policy_groups
 from pit_jax.pipelines.samples import Ids
 from pit_jax.pipelines.stages import choose_by_kl_bin
-from pit_jax.types import Params, PreferenceExample, PromptBatch, Rollout
+from pit_jax.types import Params, PreferenceExample, Rollout
 
 FIRST_STAGE = {
     "lora": "sft_policy",
@@ -440,14 +440,12 @@ def rl_stage(context: Context, stage: str, settings: PPOConfig, start: str, refe
         if copies > 1:
             chosen_rows, refs = repeat(chosen_rows), batches.Rows(repeat(range(len(refs))), lambda i, of=refs: of[i])
 
-        def make(own: np.ndarray) -> PromptBatch:
-            xs = [chosen_rows[i].prompt for i in own]
-            prompts = (
-                [e.pit_prompt(x, refs[i]) for i, x in zip(own, xs, strict=True)] if refs else map(e.policy_prompt, xs)
-            )
-            return batches.prompt_rows([*prompts], batches.round_up(window))
-
-        arrays = ppo.RLBatch(sharding.make_batch(len(chosen_rows), make))
+        xs = [row.prompt for row in chosen_rows]
+        form = lambda i: e.pit_prompt(xs[i], refs[i]) if refs else e.policy_prompt(xs[i])  # noqa: E731
+        prompts = batches.Rows(range(len(xs)), form)
+        length = batches.longest_prompt_length(prompts, window)
+        make = lambda own: batches.prompt_rows([prompts[i] for i in own], length)  # noqa: E731
+        arrays = ppo.RLBatch(sharding.make_batch(len(xs), make))
         if by_difference:
             plain = [e.policy_prompt(r.prompt) for r in chosen_rows]
             policy_prompts = batches.prompt_rows(plain, batches.round_up(e.policy_window))

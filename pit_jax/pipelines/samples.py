@@ -79,18 +79,16 @@ class Sampler:
         self._window, self._size = batches.round_up(window), batches.round_up(size, sharding.mesh_shape()["data"])
 
     def __call__(self, prompts: Sequence[Sequence[int]], key: jax.Array, draws: Draws) -> list[Step]:
-        """One answer per prompt."""
-        steps = []
-        for start in range(0, len(prompts), self._size):
-            index = np.minimum(np.arange(start, start + self._size), len(prompts) - 1)
-            arrays = sharding.shard_batch(batches.prompt_rows([prompts[i] for i in index], self._window))
+        """One answer per prompt; prompts of like length are read together."""
+        steps = {}
+        padded = batches.prompt_lengths(np.asarray([len(ids) for ids in prompts], np.int32), self._window)
+        for index, length in batches.like_length_batches(padded, self._size):
+            arrays = sharding.shard_batch(batches.prompt_rows([prompts[i] for i in index], length))
             rollout = sharding.to_host(self._generate(self._params, arrays, row_keys(key, draws[index])))
             written = np.sum(rollout.response_mask, axis=1)
-            steps += [
-                Step(self._without_stop(ids), read=len(prompts[i]), written=int(n))
-                for i, ids, n in zip(index, common.response_ids(rollout, self._eos), written, strict=True)
-            ]
-        return steps[: len(prompts)]
+            for i, ids, n in zip(index, common.response_ids(rollout, self._eos), written, strict=True):
+                steps[i] = Step(self._without_stop(ids), read=len(prompts[i]), written=int(n))
+        return [steps[i] for i in range(len(prompts))]
 
     @property
     def stops(self) -> bool:
