@@ -126,7 +126,7 @@ make_venv() {
   check_version "$python" ||
     fail "$python is $("$python" --version 2>&1), but pit_jax needs Python 3.11 or newer." \
       "Install one, or name one: PYTHON=/path/to/python3.11 bash $0"
-  echo "Making .venv with $("$python" --version)"
+  echo "Making ${VENV#"$ROOT/"} with $("$python" --version)"
   if "$python" -c 'import ensurepip' 2>/dev/null; then
     "$python" -m venv --clear "$VENV" || fail "Making $VENV failed (see above): is the folder writable?"
   else # Debian keeps ensurepip in a package of its own; pip outside can fill an environment without it

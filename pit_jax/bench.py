@@ -15,6 +15,7 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 import dataclasses
 import json
 import platform
+from collections.abc import Iterable
 
 import jax
 from absl import app, flags, logging
@@ -23,8 +24,8 @@ from pit_jax import cli, sharding, speed, works
 
 _WORKS = flags.DEFINE_list("works", None, "Works to measure; all by default.")
 _CALLS = flags.DEFINE_integer("calls", 5, "Calls of each that count.", lower_bound=1)
-_LIST = flags.DEFINE_bool("list", False, "Only prints the names of all works.")
-_JSON = flags.DEFINE_string("json", None, "File to which a JSON object per measurement is added.")
+_LIST = flags.DEFINE_bool("list", False, "Only prints the names of all works, or writes to --json what they are.")
+_JSON = flags.DEFINE_string("json", None, "File to which a JSON object per measurement (--list: per work) is added.")
 
 HEAD = f"{'work':<20}{'tokens/s':>10}{'seconds':>9}{'GFLOP/s':>9}{'of limit':>9}{'compile':>9}{'GiB':>7}{'others':>8}"
 
@@ -37,6 +38,12 @@ def line(found: speed.Timed) -> str:
     )
 
 
+def add(rows: Iterable[dict]) -> None:
+    """To the file of --json, a line each."""
+    with open(_JSON.value, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
 def main(argv: list[str]) -> None:
     """Prints the table."""
     del argv
@@ -44,12 +51,15 @@ def main(argv: list[str]) -> None:
     with cli.one_line_errors():
         known = works.works()
         names = _WORKS.value or list(known)
-        if _LIST.value:
-            print(",".join(known))
-            return
         for name in names:
             if name not in known:
                 raise ValueError(f"there is no work {name!r}: use some of {', '.join(known)}")
+        if _LIST.value:
+            if _JSON.value:
+                add(works.describe(name) for name in names)
+            else:
+                print(",".join(names))
+            return
         with jax.set_mesh(sharding.make_mesh()):
             print(f"{len(jax.devices())} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores", flush=True)
             for i, name in enumerate(names):
@@ -66,8 +76,7 @@ def main(argv: list[str]) -> None:
                         "rate": found.rate, "share": found.share, "limits": limits._asdict(), "jax": jax.__version__,
                         "python": platform.python_version(),
                     }  # fmt: skip
-                    with open(_JSON.value, "a", encoding="utf-8") as file:
-                        file.write(json.dumps(row) + "\n")
+                    add([row])
 
 
 if __name__ == "__main__":

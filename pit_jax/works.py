@@ -7,6 +7,7 @@ brings its metrics or tokens back there.
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,6 +36,9 @@ SIZES = {
     ),
 }  # fmt: skip
 """32 and 4 million parameters."""
+
+OPTIMIZER = OptimizerConfig(learning_rate=1e-4, weight_decay=0.01)
+"""Of all works."""
 
 NEVER = -1
 """No token is this one: as EOS it ends nothing."""
@@ -71,7 +75,7 @@ class Work(NamedTuple):
 
 def optimizer():
     """AdamW as in all works."""
-    return optimizers.make_optimizer(OptimizerConfig(learning_rate=1e-4, weight_decay=0.01), 1000)
+    return optimizers.make_optimizer(OPTIMIZER, 1000)
 
 
 def random_tokens(sizes: ModelConfig, seed: int, *shape: int) -> np.ndarray:
@@ -434,3 +438,16 @@ def works() -> dict[str, Callable[[], Work]]:
         "ppo_tiny_e1": make(ppo_work, tiny, 32, 64, 64, 1),
         "ppo_tiny_e4": make(ppo_work, tiny, 32, 64, 64, 4),
     }
+
+
+def describe(name: str) -> dict[str, Any]:
+    """What another library needs to do the same (launch/peers.sh), as JSON: sizes, numbers, and what a call counts."""
+    make = works()[name]
+    made = make()
+    given = inspect.signature(make.func).bind(*make.args, **make.keywords)
+    given.apply_defaults()
+    sizes = dataclasses.asdict(given.arguments.pop("sizes"))
+    optimizer = dataclasses.asdict(OPTIMIZER)
+    return {"work": name, "tokens": made.tokens, "unit": made.unit, "sizes": sizes, "optimizer": optimizer} | (
+        given.arguments
+    )
