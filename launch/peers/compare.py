@@ -331,6 +331,9 @@ def main() -> None:
             print("+ " + shlex.join(command(task, args, "ROW")))
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if args.json:  # before anything is measured
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.open("a").close()
     settings = settings_name(not args.stock, bool(args.avx512) and not args.stock)
     described = map(json.loads, Path(args.folder, "works.jsonl").read_text("utf-8").splitlines())
     works = {row["work"]: row for row in described if row["work"] in args.works}
@@ -373,7 +376,7 @@ def processor() -> str:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
