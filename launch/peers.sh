@@ -15,13 +15,15 @@
 #                 of AMD the AVX-512 path of MKL for torch (needs a C compiler)
 #   --dry-run     prints what would run
 #
-# Installs into .venv and .peers at the first start (3 GB; PIT_JAX_PEERS names another folder). A library that fails is a
-# line that says why.
+# Installs into .venv and .peers at the first start (3 GB; PIT_JAX_PEERS names another folder). Paths count from the
+# repository root. A library that fails is a line that says why.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 help_if_asked "$@"
-FOLDER="${PIT_JAX_PEERS:-$ROOT/.peers}"
+cd "$ROOT"
+FOLDER="${PIT_JAX_PEERS:-.peers}"
+[[ "$FOLDER" = /* ]] || FOLDER="$ROOT/$FOLDER"
 PIP=(-m pip install --quiet --disable-pip-version-check)
 stock=
 for argument in "$@"; do
@@ -31,13 +33,17 @@ for argument in "$@"; do
     --folder* | --python* | --avx512*) fail "There is no $argument; --help says what there is." ;;
   esac
 done
-# Any Python will do, as there may be none of ours yet.
-"${PYTHON:-python3}" "$ROOT/launch/peers/compare.py" --check "$@" || exit 2
+[[ -n "$stock" || "$FOLDER" != *[[:space:]:]* ]] ||
+  fail "$FOLDER has a space or a colon, at which LD_PRELOAD would be cut: PIT_JAX_PEERS=/another/folder bash $0"
+python="${PYTHON:-python3}" # as there may be none of ours yet
+check_version "$python" 2>/dev/null || python="$VENV/bin/python"
+command -v "$python" >/dev/null || fail "There is no Python 3.11 or newer: PYTHON=/path/to/python3.11 bash $0"
+"$python" launch/peers/compare.py --check "$@" || exit 2
 
 # environment NAME: FOLDER/venv-NAME with the versions of peers/NAME.txt, unless that has been done.
 environment() {
-  local VENV="$FOLDER/venv-$1" pinned="$ROOT/launch/peers/$1.txt" done="$FOLDER/$1.installed"
-  ! cmp -s "$pinned" "$done" || return 0
+  local VENV="$FOLDER/venv-$1" pinned="$ROOT/launch/peers/$1.txt" stamp="$FOLDER/$1.installed"
+  ! cmp -s "$pinned" "$stamp" || return 0
   if [ -n "${DRY_RUN:-}" ]; then
     call "${PYTHON:-python3}" -m venv --clear "$VENV"
   else
@@ -51,7 +57,7 @@ environment() {
   # The last TRL with PPO stands beside the newest.
   [ "$1" != torch ] ||
     call "$VENV/bin/python" "${PIP[@]}" --upgrade --no-deps --target "$FOLDER/trl-1.12" trl==1.12.0 || return
-  [ -n "${DRY_RUN:-}" ] || cp "$pinned" "$done"
+  [ -n "${DRY_RUN:-}" ] || cp "$pinned" "$stamp"
 }
 
 # What makes MKL take its AVX-512 path on processors of AMD that have one: LIBRARY is to be preloaded.
@@ -83,9 +89,7 @@ LIBRARY=""
 if [ -z "$stock" ] && grep -qs '\[never\]' /sys/kernel/mm/transparent_hugepage/enabled; then
   echo "Huge pages are off on this machine (/sys/kernel/mm/transparent_hugepage/enabled): all go on without." >&2
 fi
-cd "$ROOT"
 call rm -f "$FOLDER/works.jsonl"
 call "$VENV/bin/python" -m pit_jax.bench --list --json="$FOLDER/works.jsonl"
-python="$VENV/bin/python"
-[ -z "${DRY_RUN:-}" ] || python="${PYTHON:-python3}"
+[ -n "${DRY_RUN:-}" ] || python="$VENV/bin/python"
 exec "$python" launch/peers/compare.py --folder="$FOLDER" --python="$VENV/bin/python" --avx512="$LIBRARY" "$@"

@@ -291,7 +291,7 @@ def test_a_late_dry_run_is_no_argument_of_the_training(fakes, checkout, script):
     assert "--dry-run stands before the other arguments" in result.stderr
 
 
-@pytest.mark.parametrize("script", ["tpu_vm", "gke_job", "local", "slurm", "demo", "test", "bench", "worker"])
+@pytest.mark.parametrize("script", ["tpu_vm", "gke_job", "local", "slurm", "demo", "test", "bench", "peers", "worker"])
 def test_help_is_the_head_of_the_file_and_nothing_is_done(fakes, checkout, script):
     for name in ("gcloud", "xpk", "sbatch", "srun"):
         fakes.add(name)
@@ -310,6 +310,117 @@ def test_the_demo_prints_what_it_would_run(fakes, checkout):
     assert printed(launch("demo.sh", "--dry-run", "--config.seed=1", fakes=fakes, root=checkout)) == [demo]
     result = launch("test.sh", "--dry-run", fakes=fakes, root=checkout)
     assert (result.returncode, fakes.calls()) == (1, []) and "has no --dry-run" in result.stderr
+
+
+PEERS = ["--works=dpo_small,ppo_tiny_e4", "--rounds=2"]
+CPU_OF_AMD = "vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx2 avx512f avx512dq\n"
+PIP = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+
+
+def peer_installs(root, folder):
+    """(arguments of pip) in the order of two installations."""
+    torch, jax = f"{folder}/venv-torch/bin/python", f"{folder}/venv-jax/bin/python"
+    index = ["--retries", "1", "--no-deps", "--index-url", "https://download.pytorch.org/whl/cpu", "torch==2.13.0"]
+    return [
+        [torch, *PIP, *index],
+        [torch, *PIP, "--requirement", f"{root}/launch/peers/torch.txt"],
+        [torch, *PIP, "--upgrade", "--no-deps", "--target", f"{folder}/trl-1.12", "trl==1.12.0"],
+        [jax, *PIP, "--requirement", f"{root}/launch/peers/jax.txt"],
+    ]
+
+
+def test_peers_print_what_they_would_run(fakes, checkout, tmp_path):
+    folder, cpu = tmp_path / "peers", tmp_path / "cpuinfo"
+    cpu.write_text(CPU_OF_AMD)
+    fakes.add("cc")
+    settings = {"fakes": fakes, "root": checkout, "PIT_JAX_PEERS": str(folder), "CPUINFO": str(cpu)}
+    found = printed(launch("peers.sh", *PEERS, "--calls=2", "--dry-run", **settings))
+    torch, jax = (f"{folder}/venv-{name}" for name in ("torch", "jax"))
+    installs, python = peer_installs(checkout, folder), f"{checkout}/.venv/bin/python"
+    library = f"{folder}/avx512.so"
+    assert found[:9] == [
+        ["python3", "-m", "venv", "--clear", torch], *installs[:3], ["python3", "-m", "venv", "--clear", jax],
+        installs[3],
+        ["cc", "-shared", "-fPIC", "-o", library, f"{checkout}/launch/peers/avx512.c"],
+        ["rm", "-f", f"{folder}/works.jsonl"],
+        [python, "-m", "pit_jax.bench", "--list", f"--json={folder}/works.jsonl"],
+    ]  # fmt: skip
+    dpo, ppo = (
+        [(torch, "trl", ""), (torch, "trl", "stored"), (torch, "trl", "stored+compile"), (jax, "tunix", "")],
+        [(torch, "trl", ""), (jax, "tunix", "")],
+    )
+    ours = (f"{checkout}/.venv", "pit_jax", "")
+    turns = [("dpo_small", turn) for turn in [*dpo, ours] * 2] + [("ppo_tiny_e4", turn) for turn in [*ppo, ours] * 2]
+    for command, (work, (place, name, variant)) in zip(found[9:], turns, strict=True):
+        start = command.index(f"{place}/bin/python")
+        assert command[start + 1 :] == [
+            f"{checkout}/launch/peers/with_{name}.py", f"--works={folder}/works.jsonl", f"--work={work}",
+            *([f"--variant={variant}"] if variant else []), "--calls=2", "--out=ROW",
+        ]  # fmt: skip
+        variables = dict(part.split("=", 1) for part in command[1:start])
+        assert command[0] == "env" and variables["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+        assert variables.get("LD_PRELOAD") == (library if place == torch else None)
+        old = f"{folder}/trl-1.12" if (work, name) == ("ppo_tiny_e4", "trl") else ""
+        assert variables["PYTHONPATH"] == (str(checkout) if name == "pit_jax" else old)
+    spaces = settings | {"PIT_JAX_PEERS": "my peers"}  # counts from the repository root, whose name here has one too
+    result = launch("peers.sh", "--dry-run", *PEERS, **spaces)
+    assert result.returncode == 1 and f"{checkout}/my peers has a space or a colon" in result.stderr
+    stock = printed(launch("peers.sh", "--dry-run", "--stock", *PEERS, **spaces, GLIBC_TUNABLES="glibc.a=1"))
+    assert "cc" not in [command[0] for command in stock]
+    for command in stock[8:]:
+        assert "GLIBC_TUNABLES=glibc.a=1" in command and "LD_PRELOAD" not in " ".join(command)
+    assert fakes.calls() == [] and not folder.exists()
+
+
+@pytest.mark.parametrize(
+    "cpu", ["vendor_id\t: GenuineIntel\nflags\t: avx512f\n", "vendor_id: AuthenticAMD\nflags: avx2\n"]
+)
+def test_only_processors_of_amd_with_avx512_are_told_to_use_it(fakes, checkout, tmp_path, cpu):
+    fakes.add("cc")
+    (tmp_path / "cpuinfo").write_text(cpu)
+    settings = {"PIT_JAX_PEERS": str(tmp_path / "peers"), "CPUINFO": str(tmp_path / "cpuinfo")}
+    result = launch("peers.sh", "--dry-run", fakes=fakes, root=checkout, **settings)
+    assert "avx512" not in "".join(map(" ".join, printed(result))) and "compiler" not in result.stderr
+
+
+FAKE_VENV = """case "$1 $2" in "-m venv")
+  folder="${@: -1}"; mkdir -p "$folder/bin"; cp "$0" "$folder/bin/python"; ln -sf python "$folder/bin/python3" ;;
+"-m pip") case "$*" in *"$FAILS"*) echo "no such version" >&2; exit 1 ;; esac ;;
+esac
+case "$0 $*" in *venv*pip*) printf '%s\\x1f' "$0" "$@" >>"$FAKES/pip"; printf '\\x1e' >>"$FAKES/pip" ;; esac"""
+
+
+def test_peers_are_installed_once(fakes, checkout, tmp_path):
+    """A failure is told, does not keep the rest from running, and is mended by the next start."""
+    folder = tmp_path / "peers"
+    fakes.add("python3", FAKE_VENV)
+    fakes.add("cc", "exit 1")
+    fakes.add("gcc", "exit 1")
+    fakes.add("clang", "exit 1")
+    (tmp_path / "cpuinfo").write_text(CPU_OF_AMD)
+
+    def started(fails):
+        before = len(fakes.calls())
+        settings = {"PIT_JAX_PEERS": str(folder), "CPUINFO": str(tmp_path / "cpuinfo"), "FAILS": fails}
+        result = launch("peers.sh", *PEERS, fakes=fakes, root=checkout, **settings)
+        assert result.returncode == 0, result.stderr
+        last = fakes.calls()[-1]
+        assert last[:2] == ["python", "launch/peers/compare.py"] and last[-2:] == PEERS and "--avx512=" in last
+        assert "There is no C compiler that works" in result.stderr
+        pip = (fakes.folder / "pip").read_text().split("\x1e")[:-1] if (fakes.folder / "pip").exists() else []
+        (fakes.folder / "pip").unlink(missing_ok=True)
+        assert ["python", "-m", "pit_jax.bench", "--list", f"--json={folder}/works.jsonl"] in fakes.calls()[before:]
+        return [call.split("\x1f")[:-1] for call in pip], result.stderr
+
+    installs = peer_installs(checkout, folder)
+    pip, said = started("trl==1.12.0")
+    assert pip == installs[:2] + installs[3:] and "Installing what venv-torch needs failed" in said
+    assert "no such version" in said and not (folder / "torch.installed").exists()
+    pip, said = started("--index-url")
+    assert pip == installs[1:3] and "That index is out of reach" in said
+    assert started("nothing fails")[0] == []
+    (checkout / "launch/peers/jax.txt").write_text("google-tunix==9\n")
+    assert started("nothing fails")[0] == installs[3:]
 
 
 def cloud(fakes, states, said=("pit_jax: ended 0",), create="", more=""):
