@@ -11,11 +11,19 @@ from typing import TextIO
 
 import jax
 import numpy as np
-import tensorboardX
 from tqdm import tqdm
 
 from pit_jax import files
 from pit_jax.types import Metrics
+
+_TORCH = sys.modules.get("torch")
+sys.modules["torch"] = None  # which tensorboardX would import where it is installed, for more than a second
+try:
+    import tensorboardX
+finally:
+    sys.modules.pop("torch")
+    if _TORCH is not None:
+        sys.modules["torch"] = _TORCH
 
 RESERVED = ("stage", "step", "time")
 """Keys of a line of metrics.jsonl that are not metrics."""

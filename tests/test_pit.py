@@ -465,6 +465,24 @@ def test_references_are_a_function_of_the_key(tmp_path, rows, encoder):
 # Choice of a reward model
 
 
+def test_a_head_without_its_backbone_is_the_head_with_it():
+    model = ScalarModel(REWARD)
+    whole = common.init_params(model, jax.random.key(3))["params"]
+    head = common.init_params(model, jax.random.key(3), without="backbone")["params"]
+    assert sorted(whole) == ["backbone", "bias", "head"] and sorted(head) == ["bias", "head"]
+    assert np.array_equal(whole["head"], head["head"]) and np.any(head["head"])
+
+
+def test_rounds_with_the_same_settings_share_their_programs(tmp_path, rows, encoder, monkeypatch):
+    made, given = [], []
+    monkeypatch.setattr(pit, "ppo_programs", lambda *settings: made.append(settings) or settings)
+    monkeypatch.setattr(pit, "References", lambda *_: None)
+    monkeypatch.setattr(pit, "rl_stage", lambda *_, programs: given.append(programs(1, 2)))
+    functions = pit.stage_functions(make_context(tmp_path, encoder, rows))
+    functions["rl_pit_1"](), functions["rl_pit_2"]()
+    assert given == [(1, 2)] * 2 and made == [(1, 2)]
+
+
 @pytest.mark.parametrize(
     ("stage", "shares", "chosen"),
     [

@@ -57,6 +57,25 @@ def _leaves(directory, step):
     return sorted((path, json.dumps(leaf)) for path, leaf in manifest.items())
 
 
+def test_nothing_that_training_does_not_need_is_imported():
+    """Each of these takes a second or more, where it is installed."""
+    code = "import sys, pit_jax.train; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    result = run("-c", code)
+    assert result.returncode == 0, result.stderr
+    names = set(result.stdout.split())
+    assert {"jax", "optax", "tensorboardX"} <= names
+    assert not names & {
+        "torch",
+        "transformers",
+        "tensorflow",
+        "matplotlib",
+        "sklearn",
+        "openai",
+        "pyarrow",
+        "tokenizers",
+    }
+
+
 def test_the_run_leaves_everything_behind(finished):
     workdir, printed = finished
     results = json.loads((workdir / "results.json").read_text())

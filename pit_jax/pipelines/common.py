@@ -278,20 +278,33 @@ def selection_rows(context: Context, n: int) -> list[PreferenceExample]:
 # ---------------------------------------------------------------------------------------------------------- likelihood
 
 
-def init_params(module: Transformer | ScalarModel, key: jax.Array) -> Params:
-    """Parameters born in their layout on the mesh."""
-    rows = sharding.mesh_shape().get("data", 1)
+def init_params(module: Transformer | ScalarModel, key: jax.Array, without: str = "") -> Params:
+    """Parameters born in their layout on the mesh; nothing is drawn for the part `without`, if one is named."""
+    return _jitted_init(module, without)(key)
+
+
+@functools.cache
+def _jitted_init(module: Transformer | ScalarModel, without: str) -> Callable[[jax.Array], Params]:
     method = Transformer.full_logits if isinstance(module, Transformer) else None
 
     def make(key):
+        rows = sharding.mesh_shape().get("data", 1)
         one = jnp.zeros((rows, 8), jnp.int32, out_sharding=module.rules.spec("batch", None))
-        return module.init(key, one, one, one, method=method)
+        params = module.init(key, one, one, one, method=method)["params"]
+        return {"params": {name: part for name, part in params.items() if name != without}}
 
-    return jax.jit(make)(key)
+    return jax.jit(make)
 
 
 def shapes(module: Transformer | ScalarModel) -> Params:
     """Shapes and shardings of a module's parameters, for restoring them."""
+    return jax.tree.map(lambda x: x, _shapes(module, jax.sharding.get_abstract_mesh()))
+
+
+@functools.cache
+def _shapes(module: Transformer | ScalarModel, mesh: jax.sharding.AbstractMesh) -> Params:
+    """Kept, as every model that is read asks for them: to trace a module takes a tenth of a second."""
+    del mesh  # that is set
     return jax.eval_shape(lambda: init_params(module, jax.random.key(0)))
 
 

@@ -183,7 +183,8 @@ def reward_stage(
                 raise ValueError(f"{stage}.start_from=sft needs config.reward_model equal to the sizes of {source}")
             backbone, base = common.load_model(context, source)["params"], f"models/{source}"
         backbone = {k: v for k, v in backbone.items() if k != "unembedding"}
-        params = {"params": {**common.init_params(model, common.key_of(config, stage))["params"], "backbone": backbone}}
+        head = common.init_params(model, common.key_of(config, stage), without="backbone")["params"]
+        params = {"params": head | {"backbone": backbone}}
 
     groups = batches.Rows(rows, lambda row: make_groups(e, [row])[0])
     sizes = batches.group_sizes(groups)
@@ -388,7 +389,32 @@ def text_metrics(context: Context, rollout: Rollout, batch: TextBatch) -> dict:
     return metrics
 
 
-def rl_stage(context: Context, stage: str, settings: PPOConfig, start: str, references: References | None) -> dict:
+def ppo_programs(
+    model: Transformer, scorer: ScalarModel, settings: PPOConfig, by_difference: bool, max_new_tokens: int, eos_id: int
+):
+    """(optimizer of the policy, of the value model, the three programs of `ppo.make_ppo`)."""
+    if by_difference:
+        score = functools.partial(ppo.difference_scores, scorer)
+    else:
+        score = lambda params, rollout, _: ppo.rollout_scores(scorer, params, rollout)  # noqa: E731
+    num_updates = settings.num_iterations * settings.num_epochs * settings.num_minibatches
+    both = settings.policy_optimizer, settings.value_optimizer
+    optimizer, value_optimizer = (optimizers.make_optimizer(of, num_updates) for of in both)
+    made = ppo.make_ppo(
+        model, Transformer(model.config, sharding.DECODE_RULES), scorer, score, optimizer, value_optimizer, settings,
+        max_new_tokens=max_new_tokens, eos_id=eos_id,
+    )  # fmt: skip
+    return optimizer, value_optimizer, made
+
+
+def rl_stage(
+    context: Context,
+    stage: str,
+    settings: PPOConfig,
+    start: str,
+    references: References | None,
+    programs: Callable = ppo_programs,
+) -> dict:
     """PPO for M_P (no references) or for one round of M_PIT; KL to the SFT model throughout.
 
     Of the seconds of an iteration, seconds/rollout is the sampling, seconds/reward what reads the answers afterwards
@@ -400,6 +426,7 @@ def rl_stage(context: Context, stage: str, settings: PPOConfig, start: str, refe
       settings: PPO settings.
       start: stage whose parameters the policy starts from; the reference policy is the SFT model in all rounds.
       references: source of ref_response.
+      programs: `ppo_programs`, which may keep what it has made: rounds with the same settings are not traced twice.
 
     Returns:
       The record: candidates, KL bins and the chosen step.
@@ -416,8 +443,6 @@ def rl_stage(context: Context, stage: str, settings: PPOConfig, start: str, refe
     has_adapters = config.lora.rank > 0
     ref_params = None if has_adapters and start == ref_name else common.load_model(context, ref_name)
     reward_params = None if has_adapters else common.load_model(context, reward_name)
-    optimizer = optimizers.make_optimizer(settings.policy_optimizer, _updates(settings))
-    value_optimizer = optimizers.make_optimizer(settings.value_optimizer, _updates(settings))
     window = e.policy_window if references is None else e.pit_window
     rows, held = context.rows["rl"], common.selection_rows(context, settings.rollout_size)
     if references is not None:
@@ -425,14 +450,9 @@ def rl_stage(context: Context, stage: str, settings: PPOConfig, start: str, refe
     num_uses = 2 if references is not None and references.source == "data" else 1  # both y_l and y_w of each x
 
     key = common.key_of(config, stage)
-    if by_difference:
-        score = functools.partial(ppo.difference_scores, scorer)
-    else:
-        score = lambda params, rollout, _: ppo.rollout_scores(scorer, params, rollout)  # noqa: E731
-    sample, judge, update = ppo.make_ppo(
-        model, Transformer(model.config, sharding.DECODE_RULES), scorer, score, optimizer, value_optimizer, settings,
-        max_new_tokens=config.data.response_window, eos_id=e.tokenizer.eos_id,
-    )  # fmt: skip
+    optimizer, value_optimizer, (sample, judge, update) = programs(
+        model, scorer, settings, by_difference, config.data.response_window, e.tokenizer.eos_id
+    )
 
     def batch_of(chosen_rows, use_chosen, key, turn, copies=1) -> TextBatch:
         repeat = lambda values: [value for value in values for _ in range(copies)]  # noqa: E731
@@ -526,10 +546,6 @@ def rl_stage(context: Context, stage: str, settings: PPOConfig, start: str, refe
     }
 
 
-def _updates(settings: PPOConfig) -> int:
-    return settings.num_iterations * settings.num_epochs * settings.num_minibatches
-
-
 def _show(context: Context, stage: str, step: int, rollout: Rollout, batch: TextBatch) -> None:
     """Prints one answer and writes a few to samples/STAGE/STEP.jsonl."""
     e = context.encoder
@@ -568,8 +584,11 @@ def stage_functions(context: Context) -> dict[str, Callable[[], dict]]:
     )
     functions["rl_policy"] = lambda: rl_stage(context, "rl_policy", config.ppo, "sft_policy", None)
 
+    programs = functools.cache(ppo_programs)
+
     def pit_round(stage: str, source: str, previous: str) -> dict:
-        return rl_stage(context, stage, config.ppo_pit, previous, References(context, source, previous, stage))
+        references = References(context, source, previous, stage)
+        return rl_stage(context, stage, config.ppo_pit, previous, references, programs=programs)
 
     previous = "sft_pit"
     for i, source in enumerate(config.curriculum, 1):
