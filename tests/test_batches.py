@@ -259,7 +259,7 @@ def test_batches_of_mixed_lengths_by_hand():
 
 @pytest.mark.usefixtures("one_device")
 def test_packed_groups():
-    """Each step has its groups, whole and once; all have one shape, and an epoch reads whole batches."""
+    """Each step has its groups, whole and once; there are few shapes, and an epoch reads whole batches."""
     rng = np.random.default_rng(0)
     groups = [[[i + 1] * n, [i + 1] + [200] * (n // 2)] for i, n in enumerate(rng.integers(2, 60, 101))]
     sizes = batches.group_sizes(groups)
@@ -268,7 +268,7 @@ def test_packed_groups():
     steps = len(short) // 8
     batch_at, padding = batches.make_packed_score_batch_at(groups, sizes, 8, seed=3, num_steps=2 * steps, length=80)
     alone = batches.score_rows(groups)
-    seen, tokens, shapes = [], 0, set()
+    seen, tokens, slots_of_all, shapes = [], 0, 0, set()
     for step in range(2 * steps):
         batch = jax.tree.map(np.asarray, batch_at(step))
         shapes.add((batch.tokens.shape, batch.last.shape))
@@ -285,17 +285,17 @@ def test_packed_groups():
                 np.testing.assert_array_equal(batch.last[s, e], slots[0] + alone.last[i, 0])
                 rows.append(i)
         assert len(set(rows)) == 8
-        tokens += np.mean(batch.segments > 0)
+        tokens, slots_of_all = tokens + np.sum(batch.segments > 0), slots_of_all + batch.segments.size
         seen.append(rows)
     epochs = np.reshape(seen, (2, -1))
     assert all(len(set(epoch)) == 8 * steps and set(epoch) <= set(short) for epoch in epochs)
-    assert len(shapes) == 1 and padding == pytest.approx(1 - tokens / (2 * steps)) and padding < 0.3
+    assert len(shapes) <= 2 and padding == pytest.approx(1 - tokens / slots_of_all) and padding < 0.25
     again, _ = batches.make_packed_score_batch_at(groups, sizes, 8, seed=3, num_steps=2 * steps, length=80)
     for step in (13, 2):
         for a, b in zip(again(step), batch_at(step), strict=True):
             np.testing.assert_array_equal(a, b)
     eights, _ = batches.make_packed_score_batch_at(groups, sizes, 8, 3, 24, 80, multiple=8)
-    assert len(eights(0).tokens) == 8 > next(iter(shapes))[0][0]
+    assert len(eights(0).tokens) == 8 > max(tokens[0] for tokens, _ in shapes)
     with pytest.raises(ValueError, match="all 101 groups have more than 2 tokens: set sequence_length above that"):
         batches.make_packed_score_batch_at(groups, sizes, 8, 3, 24, 2)
 

@@ -102,6 +102,7 @@ def test_a_tuple_from_a_comma_string(text, expected):
         (lambda: c.DataConfig(source="summarize", path="a"), "path is for source=file: set --config.data.source=file"),
         (lambda: c.DataConfig(num_rows=3), "num_rows are for source=file"),
         (lambda: c.DataConfig(source="file", path="a", num_rows=-1), "num_rows=-1: not below 0"),
+        (lambda: c.RewardModelConfig(sequence_length=-1), "sequence_length=-1: not below 0"),
         (lambda: c.DataConfig(source="web"), "'web': use synthetic, file, hh_rlhf or summarize"),
         (lambda: c.OptimizerConfig(schedule="step"), "'step': use constant, linear or cosine"),
         (lambda: c.RewardModelConfig(loss="hinge"), "'hinge': use one of gap, "),

@@ -369,10 +369,11 @@ def make_packed_score_batch_at(
     length: int,
     multiple: int = 1,
 ) -> tuple[Callable[[int], ScoreBatch], float]:
-    """`batch_at(step)` of `batch_size` groups each, packed into sequences of one length: one compiled shape.
+    """`batch_at(step)` of `batch_size` groups each, packed into sequences of one length.
 
-    There are as many sequences as the fullest batch of all steps needs, and each has room for as many groups as the
-    fullest sequence holds: both follow from the sizes, the seed and the number of steps.
+    Batches are about as long in sum, so there are two or three numbers of sequences, each another compiled shape. What
+    batches need, and how many groups the fullest sequence holds, is known beforehand: it follows from the sizes, the
+    seed and the number of steps.
 
     Args:
       groups: of rows of ids; those of more than `length` tokens are left out.
@@ -402,7 +403,7 @@ def make_packed_score_batch_at(
         return [[fitting[rows[at]] for at in sequences] for rows, sequences in zip(batches, held, strict=True)]
 
     all_batches = [held for number in range(-(-num_steps // num_batches)) for held in epoch(number)]
-    num_sequences = round_up(max(map(len, all_batches)), multiple)
+    num_sequences = length_buckets(np.asarray([len(held) for held in all_batches]), multiple)
     num_groups = max(len(numbers) for held in all_batches for numbers in held)
     num_tokens = sum(int(sizes[numbers, 0].sum()) for held in all_batches for numbers in held)
 
@@ -413,9 +414,9 @@ def make_packed_score_batch_at(
             sequences = [[groups[i] for i in held[n]] if n < len(held) else [] for n in own]
             return lay_out_groups(sequences, length, num_groups, int(sizes[0, 1]))
 
-        return sharding.make_batch(num_sequences, make)
+        return sharding.make_batch(int(num_sequences[step]), make)
 
-    return batch_at, 1 - num_tokens / (len(all_batches) * num_sequences * length)
+    return batch_at, 1 - num_tokens / (int(num_sequences.sum()) * length)
 
 
 def make_score_batch_at(
