@@ -39,7 +39,7 @@ def row(work, peer, round=1, seconds=None, **more):
     }
     if seconds is None:
         return found | {"error": "status 1: ValueError: no such thing"} | more
-    return found | {"seconds": seconds, "others": [0.5] * len(seconds), "limit_flops": 2e11} | more
+    return found | {"seconds": seconds, "others": [0.125] * len(seconds), "limit_flops": 2e11} | more
 
 
 def as_read(rows):
@@ -53,7 +53,7 @@ SFT = [
     row("sft_tiny", "pit_jax", 1, [2.0, 16.0], limit_flops=3e11),
     row("sft_tiny", "transformers eager", 2, [8.0]),
     row("sft_tiny", "transformers compile", 2, error="it had not ended after 600 seconds"),
-    row("sft_tiny", "trl", 2, [1.0, 8.0]),
+    row("sft_tiny", "trl", 2, [1.0, 8.0], others=[0.5, 0.75]),
     row("sft_tiny", "pit_jax", 2, [2.0], others=[None]),
 ]
 """trl: 4 s are the median of 1, 2, 4, 8, 9 (the mean of the rounds' medians would be 4.25), so 1,024 per second; 512 of
@@ -64,12 +64,17 @@ def test_rates_are_of_the_median_call_of_all_rounds():
     (line,) = compare.summary(as_read(SFT))
     assert line.rates == {"transformers eager": 512.0, "trl": 1024.0, "pit_jax": 2048.0}
     assert line.errors == {"transformers compile": "it had not ended after 600 seconds"}
+    assert line.others == {"transformers eager": 0.125, "trl": 0.125, "pit_jax": 0.125}
     assert (line.best, line.ratio) == ("trl", 2.0)
 
 
 def test_the_table():
     gen = [row("gen_tiny_b16", "tunix"), row("gen_tiny_b16", "pit_jax", 1, [4.0])]
-    dpo = [row("dpo_small", "trl", 1, [4.0]), row("dpo_small", "trl stored", 1, [3.2]), row("dpo_small", "pit_jax")]
+    dpo = [
+        row("dpo_small", "trl", 1, [4.0], others=[0.75]),
+        row("dpo_small", "trl stored", 1, [3.2]),
+        row("dpo_small", "pit_jax"),
+    ]
     assert compare.table(as_read(SFT + gen + dpo), "stock").splitlines() == [
         "| work | per second | settings | transformers | trl | tunix | best of them | pit_jax | ratio |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -79,9 +84,10 @@ def test_the_table():
         "sft_tiny, transformers compile: it had not ended after 600 seconds",
         "gen_tiny_b16, tunix: status 1: ValueError: no such thing",
         "dpo_small, pit_jax: status 1: ValueError: no such thing",
+        "dpo_small, trl: something else took 0.75 cores meanwhile, which makes it slower",
         # torch: 1, 2, 2, 2, 2, 2; jax: 3, 2, 2
         "GFLOP/s of float32 products, in the median: torch 200, jax 200.",
-        "Cores busy with something else, in the median: 0.50.",
+        "Cores busy with something else, in the median: 0.12.",
     ]
 
 

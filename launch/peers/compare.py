@@ -40,6 +40,9 @@ WORKS = (
 MORE = ("ppo_tiny_e1", "gen_tiny_b64")
 """Works that are measured where they are asked for."""
 
+QUIET = 0.25
+"""Cores that something else may take, in the median over calls; above that the table says so."""
+
 
 def kind(work: str) -> str:
     """`sft` of `sft_small`."""
@@ -196,12 +199,14 @@ class Line:
     Attributes:
       work, unit: its name, and what a second has some of.
       rates: peer -> units per second at the median call of all rounds.
+      others: peer -> cores that were busy with something else, in the median; absent where that is not told.
       errors: peer -> why it has no rate.
     """
 
     work: str
     unit: str
     rates: dict[str, float]
+    others: dict[str, float]
     errors: dict[str, str]
 
     @property
@@ -220,14 +225,16 @@ def summary(rows: Sequence[dict]) -> list[Line]:
     found = []
     for work in dict.fromkeys(row["work"] for row in rows):
         of_work = [row for row in rows if row["work"] == work]
-        rates, errors = {}, {}
+        rates, others, errors = {}, {}, {}
         for peer in dict.fromkeys((*PEERS[kind(work)], OURS)):
             of_peer = [row for row in of_work if row["peer"] == peer]
             if seconds := [second for row in of_peer for second in row.get("seconds", ())]:
                 rates[peer] = of_work[0]["task"]["tokens"] / statistics.median(seconds)
+                if cores := [n for row in of_peer for n in row.get("others", ()) if n is not None]:
+                    others[peer] = statistics.median(cores)
             elif of_peer:
                 errors[peer] = of_peer[-1]["error"]
-        found.append(Line(work, of_work[0]["task"]["unit"], rates, errors))
+        found.append(Line(work, of_work[0]["task"]["unit"], rates, others, errors))
     return found
 
 
@@ -256,6 +263,12 @@ def table(rows: Sequence[dict], settings: str) -> str:
         out.append([line.work, line.unit, settings, *cells, best, ours, ratio])
     text = ["| " + " | ".join(row) + " |" for row in out]
     text += [f"{line.work}, {peer}: {error}" for line in lines for peer, error in line.errors.items()]
+    text += [
+        f"{line.work}, {peer}: something else took {cores:.2f} cores meanwhile, which makes it slower"
+        for line in lines
+        for peer, cores in line.others.items()
+        if cores > QUIET
+    ]
     return "\n".join([*text, *conditions(rows)])
 
 
