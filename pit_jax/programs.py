@@ -26,8 +26,9 @@ from pit_jax.types import Params, PromptBatch, Rollout, ScoreBatch, TokenBatch
 FORM = 32
 """Tokens that templates add to a prompt, at most: control symbols and the words around them."""
 
-EOS, STOP = 2, (5, 6, 7)
-"""Ids that end an answer, and those that a critique begins with: which ones is of no consequence here."""
+EOS, STOP = -1, (5, 6, 7)
+"""Ids that end an answer: none does, so that answers are as long as they may be; and those that a critique begins with:
+which ones is of no consequence here."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Program:
       beside: what lies on the devices while it runs and is no argument.
       shared: arguments that are held once and given twice.
       epochs: how often a call reads its rows.
+      prompt, answer: tokens of a row that stand before what is learnt, and that are learnt or written: of each answer.
+      optimizers: of the TrainStates among the arguments, in their order.
     """
 
     stage: str
@@ -63,6 +66,9 @@ class Program:
     beside: tuple = ()
     shared: tuple = ()
     epochs: int = 1
+    prompt: int = 0
+    answer: int = 0
+    optimizers: tuple[optax.GradientTransformation, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -172,6 +178,7 @@ class _Maker:
         adapted = not stage.startswith("pretrain")  # what starts from nothing has no weights to freeze
         sizes, settings = field(self.config, model), field(self.config, path)
         length = settings.sequence_length or batches.round_up(row)
+        prompt = max(row - num_targets, 1)  # the first token of a row follows nothing, and is not learnt
         if settings.sequence_length or settings.loss_on_prompt:
             num_targets = length
         num_targets = min(batches.round_up(num_targets, 16), length)
@@ -186,7 +193,10 @@ class _Maker:
         passes = self.learn if adapted else LEARN
         flops = forward_flops(sizes, B, length, num_targets, passes=passes) * (2 if settings.unlikelihood else 1)
         state = self.state(module, optimizer, adapted)
-        return Program(stage, path, model, step, (state, batch), flops, B, length, gradients=lora.trained(state.params))
+        return Program(
+            stage, path, model, step, (state, batch), flops, B, length, gradients=lora.trained(state.params),
+            prompt=prompt, answer=row - prompt, optimizers=(optimizer,),
+        )  # fmt: skip
 
     def reward_model(self, stage: str) -> Program:
         """A group: x, two candidates, and for R_PIT two answers behind each. It is a sequence, or several are."""
@@ -206,8 +216,9 @@ class _Maker:
         flops = tree_flops(sizes, num_groups, prompt, answer, depth=2 if is_gap else 1, passes=self.learn)
         state = self.state(module, optimizer)
         return Program(
-            stage, stage, "reward_model", step, (state, batch), flops, B, T, gradients=lora.trained(state.params)
-        )
+            stage, stage, "reward_model", step, (state, batch), flops, B, T, gradients=lora.trained(state.params),
+            prompt=self.policy_prompt, answer=self.answer, optimizers=(optimizer,),
+        )  # fmt: skip
 
     def rl(self, stage: str, model: str, path: str) -> list[Program]:
         """The rollout; its log-probs, scores and values; the updates."""
@@ -251,18 +262,19 @@ class _Maker:
         held, shared = ((), frozen) if self.config.lora.rank else (frozen, ())
         others = self.answering() if is_pit else ()
         adapted = max((lora.trained(s.params) for s in (policy, value)), key=_size)
+        more = {"prompt": P, "answer": R, "optimizers": optimizers_}
         return [
             Program(
                 f"{stage}: rollout", path, model, sample, (state, batch, self.key), sampled, B, P + R, R,
-                cache=self.cache(sizes, B, P + R), beside=(*held, *others),
+                cache=self.cache(sizes, B, P + R), beside=(*held, *others), **more,
             ),
             Program(
                 f"{stage}: reward", path, model, judge, (state, *frozen, batch, rollout), reads + scores + values,
-                B, P + R, beside=others, shared=shared,
+                B, P + R, beside=others, shared=shared, **more,
             ),
             Program(
                 f"{stage}: update", path, model, update, (state, *learning, number, self.key),
-                epochs * learnt, B, P + R, gradients=adapted, beside=(*held, *others), epochs=epochs,
+                epochs * learnt, B, P + R, gradients=adapted, beside=(*held, *others), epochs=epochs, **more,
             ),
         ]  # fmt: skip
 
@@ -290,7 +302,7 @@ class _Maker:
         arguments = self.params(module), PromptBatch(self.array(B, P), self.array(B)), self.key
         flops = forward_flops(sizes, B, P, 1) + forward_flops(sizes, B, R, R, start=P)
         cache = self.cache(sizes, B, P + R)
-        return Program(stage, path, model, generate, arguments, flops, B, P + R, R, cache=cache)
+        return Program(stage, path, model, generate, arguments, flops, B, P + R, R, cache=cache, prompt=P, answer=R)
 
     def dpo(self, stage: str, model: str, path: str) -> list[Program]:
         """Log-probs of ref_policy, read once, and the step."""
@@ -311,10 +323,12 @@ class _Maker:
             sizes, B, self.policy_prompt, self.answer, depth=1, num_targets=R, passes=passes
         )
         read, state = dpo.jitted_log_probs(module, settings.chunk_size), self.state(module, optimizer)
+        more = {"prompt": self.policy_prompt, "answer": self.answer}
         return [
-            Program(f"{stage}: log-probs", path, model, read, (self.params(module), batch), flops(READ), B, T),
+            Program(f"{stage}: log-probs", path, model, read, (self.params(module), batch), flops(READ), B, T, **more),
             Program(
-                stage, path, model, step, (state, batch), flops(self.learn), B, T, gradients=lora.trained(state.params)
+                stage, path, model, step, (state, batch), flops(self.learn), B, T, gradients=lora.trained(state.params),
+                optimizers=(optimizer,), **more,
             ),
         ]  # fmt: skip
 

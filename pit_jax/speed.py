@@ -22,7 +22,7 @@ class Limits(NamedTuple):
     """What the devices of a process did at most.
 
     Attributes:
-      flops: operations of float32 matrix products per second.
+      flops: operations of matrix products per second.
       bandwidth: bytes per second, read or written.
     """
 
@@ -78,15 +78,32 @@ def median(calls: Sequence[Call]) -> float:
 # -------------------------------------------------------------------------------------------------------------- limits
 
 
-def measure_limits(size: int = 2048, megabytes: int = 256, repeats: int = 7) -> Limits:
+def available_bytes() -> float:
+    """What a device of this machine can still hold; the devices of a CPU share its memory. Infinite if nothing says."""
+    statistics = jax.local_devices()[0].memory_stats() or {}  # a CPU has none
+    if "bytes_limit" in statistics:
+        return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
+    path = Path("/proc/meminfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    free = [1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    limits = [Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current")]
+    if all(limit.exists() for limit in limits) and (most := limits[0].read_text().strip()) != "max":
+        free.append(float(most) - float(limits[1].read_text()))
+    return min(free, default=float("inf")) / len(jax.local_devices())
+
+
+def measure_limits(size: int = 2048, megabytes: int = 256, repeats: int = 7, dtype: Any = jnp.float32) -> Limits:
     """Products of square matrices, and the negation of a long vector: no program here does better for long.
+
+    One device is measured; others are taken for as fast, but for those of a CPU, which share its cores.
 
     Args:
       size: rows and columns.
       megabytes: of the vector: many times the caches.
       repeats: of each; the median counts.
+      dtype: of the matrices.
     """
-    matrix = jax.random.normal(jax.random.key(0), (size, size))
+    matrix = jax.random.normal(jax.random.key(0), (size, size), dtype)
     product = jax.jit(jnp.matmul)
     vector = jnp.ones(megabytes * 2**18, jnp.float32)
     copy = jax.jit(lambda x: -x, donate_argnums=0)  # in place: no pages are new
@@ -100,7 +117,8 @@ def measure_limits(size: int = 2048, megabytes: int = 256, repeats: int = 7) -> 
     for run, work in ((lambda: product(matrix, matrix), 2 * size**3), (negate, 2 * megabytes * 2**20)):
         timed(run)
         rates.append(work / median([timed(run) for _ in range(repeats)]))
-    return Limits(*rates)
+    devices = 1 if jax.default_backend() == "cpu" else len(jax.devices())
+    return Limits(*(devices * rate for rate in rates))
 
 
 def at_best(phases: Sequence[Phase], limits: Limits) -> float:
@@ -111,24 +129,33 @@ def at_best(phases: Sequence[Phase], limits: Limits) -> float:
 # --------------------------------------------------------------------------------------------------------- measurements
 
 
+def peak_bytes(made: Any) -> tuple[int, int]:
+    """(bytes on a device while a compiled program runs, those of them that are temporary); 0 where it is not told."""
+    memory = made.memory_analysis()
+    if memory is None:
+        return 0, 0
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return held + memory.temp_size_in_bytes, memory.temp_size_in_bytes
+
+
 class Compiler:
     """Compiles programs one after the other, and keeps what that took.
 
     Attributes:
       seconds: of all.
       peak_bytes: that the largest holds on a device while it runs, by its compiler; 0 where that does not tell.
+      temporary_bytes: of the same, what is neither given to it nor given back.
     """
 
     def __init__(self):
-        self.seconds, self.peak_bytes = 0.0, 0
+        self.seconds, self.peak_bytes, self.temporary_bytes = 0.0, 0, 0
 
     def __call__(self, function: Any, *arguments: Any) -> Any:
         started = time.perf_counter()
         made = function.lower(*arguments).compile()
         self.seconds += time.perf_counter() - started
-        if memory := made.memory_analysis():
-            held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-            self.peak_bytes = max(self.peak_bytes, held + memory.temp_size_in_bytes)
+        found = peak_bytes(made)
+        self.peak_bytes, self.temporary_bytes = max((self.peak_bytes, self.temporary_bytes), found)
         return made
 
 
@@ -145,7 +172,7 @@ class Timed:
       flops: operations of a call.
       at_best: seconds of a call at the limits.
       compile_seconds: of all programs of a call.
-      peak_bytes: of the largest.
+      peak_bytes, temporary_bytes: of the largest: see `Compiler`.
     """
 
     name: str
@@ -158,6 +185,7 @@ class Timed:
     at_best: float
     compile_seconds: float
     peak_bytes: int
+    temporary_bytes: int
 
     @property
     def rate(self) -> float:
@@ -188,5 +216,5 @@ def measure(name: str, work: Work, limits: Limits, calls: int = 5, warmup: int =
     return Timed(
         name, work.tokens, work.unit, median(found), statistics.median(c.others for c in found),
         tuple(c.seconds for c in found), sum(phase.flops for phase in work.phases), at_best(work.phases, limits),
-        compiler.seconds, compiler.peak_bytes,
+        compiler.seconds, compiler.peak_bytes, compiler.temporary_bytes,
     )  # fmt: skip

@@ -3,11 +3,12 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from commands import run
 
-from pit_jax import speed, works
+from pit_jax import config as c, growth, programs, speed, stand_ins, works
 from pit_jax.config import ModelConfig
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -118,3 +119,137 @@ def test_the_command(tmp_path, cache):
     assert row["tokens"] == 16 * 128 and row["rate"] == pytest.approx(2048 / row["seconds"])
     wrong = run("-m", "pit_jax.bench", "--works=sft_smal", cache=cache)
     assert wrong.returncode == 2 and "no work 'sft_smal': use some of sft_small, " in wrong.stderr
+    for flags, said in (
+        (("--grow=lenght",), "--grow=lenght: use some of length, vocabulary, batch, layers"),
+        (("--grow=length", "--works=sft_small"), "--works and --grow are different measurements"),
+    ):
+        wrong = run("-m", "pit_jax.bench", *flags, cache=cache)
+        assert wrong.returncode == 2 and said in wrong.stderr
+
+
+# -------------------------------------------------------------------------------------------------- programs of configs
+
+DATA = c.DataConfig(prompt_window=20, response_window=6)
+SHORT = c.SFTConfig(batch_size=2)
+PPO = c.PPOConfig(rollout_size=4, num_epochs=1, num_minibatches=2)
+SCORE = c.RewardModelConfig(batch_size=2)
+PIT = c.PitConfig(
+    data=DATA, policy_model=SIZES, pit_model=SIZES, reward_model=SIZES, sft_policy=SHORT,
+    pretrain=c.PretrainConfig(sft=dataclasses.replace(SHORT, sequence_length=96)),
+    sft_pit=dataclasses.replace(SHORT, unlikelihood=0.1), r_p=SCORE, r_pit=SCORE, ppo=PPO,
+    ppo_pit=dataclasses.replace(PPO, samples_per_prompt=2),
+)  # fmt: skip
+SRT = c.SrtConfig(
+    data=DATA, policy_model=SIZES, feedback_window=8, sft_policy=SHORT, srt=SHORT, dpo=c.DPOConfig(batch_size=2),
+    self_feedback=c.FeedbackConfig(batch_size=4),
+)  # fmt: skip
+ADAPTED = dataclasses.replace(PIT, lora=c.LoraConfig(rank=2))
+
+
+def made(config, *stages: str) -> list[programs.Program]:
+    """The programs of some stages."""
+    makers = programs.programs(config, jax.sharding.get_mesh())
+    return [program for stage in stages for program in makers[stage]()]
+
+
+@pytest.mark.parametrize(
+    ("config", "stages", "runs"),
+    [
+        (PIT, ("pretrain", "sft_policy", "sft_pit", "r_p", "r_pit", "rl_policy", "rl_pit"), ("r_pit",)),
+        (SRT, ("srt", "self_feedback", "dpo"), ("dpo",)),
+        (ADAPTED, ("sft_policy", "rl_policy"), ("rl_policy",)),
+        (dataclasses.replace(PIT, r_pit=c.RewardModelConfig(loss="r_p_difference")), ("rl_pit",), ()),
+    ],
+    ids=["pit", "srt", "lora", "difference"],
+)
+def test_arguments_are_those_that_programs_were_made_for(config, stages, runs):
+    """Shapes, types and layouts; and programs run, their states are fed back, and no number is lost."""
+    for program in made(config, *stages):
+        given = stand_ins.arguments(program, config)
+        kind = lambda x: (x.shape, x.dtype, x.sharding.spec)  # noqa: E731
+        assert jax.tree.map(kind, given) == jax.tree.map(kind, program.arguments), program.stage
+    for program in made(config, *runs):
+        found = called(stand_ins.work(program, config, float("inf")), 2)[-1]
+        if program.gradients is not None:
+            assert found[0].step == 2, (
+                f"{program.stage}: the state of the first call is what the second one begins with"
+            )
+        numbers = jax.tree.leaves(jax.device_get(found))
+        assert all(np.isfinite(x).all() for x in numbers if np.issubdtype(x.dtype, np.floating)), program.stage
+
+
+def test_rows_are_full():
+    """x of 52 tokens (20 and the form) and y of 6: 96 tokens hold a row and most of another."""
+    batches = {p.stage: jax.device_get(stand_ins.arguments(p, PIT)[1]) for p in made(PIT, "pretrain", "sft_policy")}
+    rows = batches["pretrain"].likely
+    assert rows.segments.tolist() == [[1] * 58 + [2] * 38] * 2
+    assert rows.positions.tolist() == [[*range(58), *range(38)]] * 2
+    assert rows.tokens.min() >= stand_ins.FIRST_ID and rows.tokens.max() < 64
+    rows = batches["sft_policy"].likely
+    assert rows.segments.sum(1).tolist() == [58] * 2 and rows.loss_mask.sum(1).tolist() == [6] * 2
+    (program,) = made(PIT, "r_pit")
+    groups = jax.device_get(stand_ins.arguments(program, PIT)[1])
+    # x, two candidates, and the last token of four answers of 6 behind them; of 7 padded slots none is more.
+    assert (groups.members > 0).sum(1).max() <= 52 + 6 * 6 <= program.length < 52 + 6 * 6 + 8
+    assert groups.positions[0, groups.last[0]].tolist() == [52 + 2 * 6 - 1] * 4
+
+
+def test_a_program_that_the_devices_cannot_hold_is_named():
+    program = made(PIT, "sft_policy")[0]
+    with pytest.raises(stand_ins.TooLargeError, match=r"sft_policy needs at least 0.00 GiB on each device, which has"):
+        stand_ins.work(program, PIT, 1000.0).start(None)
+    assert speed.available_bytes() > 2**20
+
+
+def test_what_sampling_takes_is_that_of_works():
+    (program,) = (p for p in made(SRT, "self_feedback") if p.stage == "self_feedback: critiques")
+    R = program.while_trips
+    found = stand_ins.phases(program, SIZES)
+    assert found[1:] == works.sampling_phases(SIZES, 4, program.length - R, R)[1:]
+    assert sum(phase.flops for phase in found) == pytest.approx(program.model_flops)
+
+
+def test_the_command_with_a_config(cache, tmp_path):
+    file, flags = tmp_path / "bench.jsonl", ("--config=configs/pit_synthetic.py:smoke", "--calls=1")
+    result = run("-m", "pit_jax.bench", *flags, "--stages=sft_policy", f"--json={file}", cache=cache)
+    assert result.returncode == 0, result.stderr
+    row = json.loads(file.read_text())
+    assert row["name"] == "sft_policy" and row["tokens"] == row["batch"] * row["length"] == 4 * 208
+    assert row["config"] == "pit_synthetic:smoke"
+    wrong = run("-m", "pit_jax.bench", *flags, "--stages=sft", cache=cache)
+    assert wrong.returncode == 2 and "--stages names sft: use pretrain, sft_policy, " in wrong.stderr
+
+
+# -------------------------------------------------------------------------------------------------------------- growth
+
+
+def temporaries(V: int, T: int, chunk: int = 32, B: int = 2, D: int = 16) -> int:
+    """Bytes of the log-probs alone, as the compiler says."""
+    shapes = ((V, D), np.float32), ((B, T, D), np.float32), ((B, T), np.int32)
+    arguments = (jax.ShapeDtypeStruct(*shape) for shape in shapes)
+    return speed.peak_bytes(growth.log_probs_program(chunk).lower(*arguments).compile())[1]
+
+
+def test_log_probs_hold_a_chunk_of_logits_whatever_the_length():
+    """With gradients. What grows with the length is hidden states and their gradients, not the vocabulary."""
+    short, long = temporaries(4096, 256), temporaries(4096, 2048)
+    hidden = 4 * 2 * (2048 - 256) * 16
+    assert 0 <= long - short <= 4 * hidden, "a logit for each of these tokens would be 64 times as much"
+    assert temporaries(1024, 2048) - temporaries(1024, 256) <= 4 * hidden
+    chunk = 4 * 2 * 32 * 4096
+    assert chunk <= short <= 5 * chunk
+    assert temporaries(4096, 2048, chunk=2048) > 10 * long, "all at once"
+
+
+def test_what_grows():
+    """As many tokens at every length; one thing grows at a time."""
+    of = {name: growth.points(name) for name in growth.VALUES}
+    assert {p.rows * p.length for p in of["length"] if p.program == "sft"} == {growth.TOKENS}
+    for name, points in of.items():
+        steps = [p for p in points if p.program == "sft"]
+        assert [p.value for p in steps] == list(growth.VALUES[name])
+    assert {(p.rows, p.length) for p in of["vocabulary"]} == {(growth.ROWS, growth.LENGTH)}
+    small = growth.step_work(dataclasses.replace(growth.SIZES, num_layers=1, d_model=16, mlp_dim=16), 2, 128)
+    losses = [float(np.divide(*values["loss"])) for values in called(small)]
+    assert losses[0] == pytest.approx(np.log(2048), rel=0.1)
+    assert float(called(growth.log_probs_work(growth.SIZES, 1, 128))[0][0]) < 0

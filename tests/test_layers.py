@@ -17,7 +17,7 @@ LAYERS = (
     {"losses"},
     {"sampling", "optimizers", "train_state", "checkpoint", "metrics", "interrupts"},
     {"learners"},
-    {"pipelines", "programs", "slices", "fitting", "planner", "works", "speed"},
+    {"pipelines", "programs", "slices", "fitting", "planner", "works", "speed", "stand_ins", "growth"},
     {"evaluation"},
     {"cli"},
     COMMAND_LINE,
