@@ -197,7 +197,7 @@ def generate(
         hidden, cache = model.apply(params, first.tokens, segments, positions, cache)
         again = functools.partial(_repeat, times=samples)
         cache = cache._replace(
-            k=jax.tree.map(lambda x: again(x, axis=x.ndim - 4), cache.k),
+            k=jax.tree.map(lambda x: again(x, axis=x.ndim - 5), cache.k),
             v=jax.tree.map(lambda x: again(x, axis=x.ndim - 4), cache.v),
             segments=again(cache.segments), positions=again(cache.positions),
         )  # fmt: skip
@@ -316,9 +316,9 @@ def _merge(old, fresh, new: Array, source: Array, rules: AxisRules):
 
     (cache, slots), (few, begun) = old, fresh
     empty = jnp.where(new[:, None], 0, cache.segments)  # what the row before has left
-    of_layers = lambda old, new: jax.tree.map(lambda x, y: one(x, y, x.ndim - 4), old, new)  # noqa: E731
+    of_layers = lambda old, new, row: jax.tree.map(lambda x, y: one(x, y, x.ndim - row), old, new)  # noqa: E731
     cache = KVCache(
-        of_layers(cache.k, few.k), of_layers(cache.v, few.v), one(empty, few.segments),
+        of_layers(cache.k, few.k, 5), of_layers(cache.v, few.v, 4), one(empty, few.segments),
         one(cache.positions, few.positions), cache.index,
     )  # fmt: skip
     return cache, jax.tree.map(one, slots, begun)

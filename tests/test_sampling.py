@@ -12,6 +12,7 @@ from pit_jax import sampling, sharding
 from pit_jax.config import ModelConfig, PPOConfig, SamplingConfig
 from pit_jax.data import batches
 from pit_jax.learners.ppo import response_log_probs
+from pit_jax.models import transformer
 from pit_jax.models.transformer import Transformer
 from pit_jax.pipelines.common import init_params
 from pit_jax.types import PromptBatch
@@ -299,6 +300,18 @@ def test_rows_that_take_turns_in_slots_are_the_same_rows(slots, temperature):
     for name in ("tokens", "segments", "positions", "response_mask"):
         np.testing.assert_array_equal(getattr(turns, name), getattr(whole, name))
     np.testing.assert_allclose(turns.log_probs, whole.log_probs, rtol=1e-4, atol=1e-5)
+
+
+def test_keys_lie_in_several_blocks(monkeypatch):
+    """Blocks of 4 slots for 6 of the prompt and 10 new tokens: the last of the prompt is not full when it is read."""
+    monkeypatch.setattr(transformer, "SLOTS", 4)
+    rollout = generate(MANY, max_new_tokens=10)
+    mask, logs = rollout.response_mask, log_softmax(fresh_logits(rollout))
+    picked = np.take_along_axis(logs, rollout.tokens[:, -10:, None], -1)[..., 0]
+    assert mask.sum(1).max() == 10
+    np.testing.assert_allclose(rollout.log_probs[mask], picked[mask], rtol=1e-4, atol=1e-5)
+    turns = generate(MANY, max_new_tokens=10, slots=3)
+    np.testing.assert_array_equal(turns.tokens, rollout.tokens)
 
 
 def test_slots_that_are_free_take_prompts_that_wait(monkeypatch):

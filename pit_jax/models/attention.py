@@ -31,7 +31,7 @@ class Places(NamedTuple):
     positions: Array
     members: Array | None = None
 
-    def cut(self, start: int, stop: int) -> "Places":
+    def cut(self, start: int, stop: int | None) -> "Places":
         """Those of the tokens from start to stop."""
         rows = (None if x is None else x[:, start:stop] for x in self[1:])
         return Places(self.slots[start:stop], *rows)
@@ -94,7 +94,7 @@ def attention_to_cache(
 
     Args:
       q: [B, 1, K, G, H].
-      k: [B, K, H, S].
+      k: [B, K, n, H, s], n blocks of slots.
       v: [B, K, S, H].
       mask: [B, 1, S].
       query_scale, softcap: of `attention`.
@@ -102,11 +102,17 @@ def attention_to_cache(
     Returns:
       [B, 1, K, G, H].
     """
-    q = q[:, 0] * (query_scale or q.shape[-1]) ** -0.5
-    scores = jnp.einsum("bkgh,bkhs->bkgs", q, k, preferred_element_type=sums(q.dtype))
+    B, _, K, G, H = q.shape
+    n = k.shape[2]
+    q = (q[:, 0] * (query_scale or H) ** -0.5)[:, :, None]
+    q = jnp.broadcast_to(q, (B, K, n, G, H))  # else the blocks of keys would be transposed for the product
+    scores = jnp.einsum("bkngh,bknhs->bkngs", q, k, preferred_element_type=sums(q.dtype))
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
-    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -1e30), axis=-1).astype(v.dtype)
+    scores = jnp.where(mask.reshape(B, 1, n, 1, -1), scores, -1e30).swapaxes(2, 3)
+    spec = jax.typeof(scores).sharding.spec
+    scores = jnp.reshape(scores, (B, K, G, -1), out_sharding=jax.P(*spec[:3], None))
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgs,bksh->bkgh", weights, v)[:, None]
 
 
