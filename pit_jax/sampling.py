@@ -144,7 +144,7 @@ def generate(
     if F % (samples * num_shards):
         samples = 1
     apart = attention.platform() == "cpu"
-    params = layers_apart(params) if apart else params
+    params = layers_apart(params, model.config, P + R) if apart else params
     row_keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(N))
     row_keys = jax.sharding.reshard(row_keys, rules.spec("batch") if B == N else jax.P(None))
 
@@ -194,7 +194,7 @@ def generate(
         first = jax.tree.map(lambda x: _each(x, samples, rules), some)
         segments, positions = prompt_layout(first)
         cache = init_cache(model.config, count // samples, P, rules, apart)
-        hidden, cache = model.apply(params, first.tokens, segments, positions, cache)
+        hidden, cache = model.apply(params, first.tokens, segments, positions, cache, last_only=True)
         again = functools.partial(_repeat, times=samples)
         cache = cache._replace(
             k=jax.tree.map(lambda x: again(x, axis=x.ndim - 5), cache.k),

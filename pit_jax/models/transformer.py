@@ -9,14 +9,15 @@ the FSDP axis just before use (`_weight`), which on a mesh with one device is fr
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from pit_jax.config import ModelConfig
-from pit_jax.models.attention import Places, attention_to_cache, platform, reach_of, self_attention, sight
+from pit_jax.config import LAYER_MATRICES, ModelConfig
+from pit_jax.models.attention import Places, attention, attention_to_cache, platform, reach_of, self_attention, sight
 from pit_jax.sharding import RULES, AxisRules, gather_weights
 from pit_jax.types import Array, Params
 
@@ -65,11 +66,18 @@ def init_cache(
     return KVCache(k, v, slots(), slots(), jnp.int32(0))
 
 
-def layers_apart(params: Params) -> Params:
-    """Parameters with "layers" as a tuple of the trees of each layer, for a decoder that goes through them one by one.
+def layers_apart(params: Params, config: ModelConfig, length: int) -> Params:
+    """Variables with "layers" as a tuple of the trees of each layer, for a decoder that goes through them one by one.
 
     On a CPU a loop over stacked layers copies the weights and the cache of each layer for every token; the compiler of
-    other devices reads them where they are, and a loop has less to compile.
+    other devices reads them where they are, and a loop has less to compile. Matrices come to a collection "rows", in
+    which outputs stand first (`times_rows`), and those of one input are one; and so do the cosines and sines of
+    positions, which fusions would make again for every entry of a query.
+
+    Args:
+      params: of a Transformer.
+      config: its sizes.
+      length: positions that rows have at most.
     """
 
     def apart(tree):
@@ -77,7 +85,20 @@ def layers_apart(params: Params) -> Params:
         length = len(jax.tree.leaves(stacked)[0])
         return {**tree, "layers": tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(length))}
 
-    return {name: apart(tree) if "layers" in tree else tree for name, tree in params.items()}
+    def rows(layer, w):
+        qkv = jnp.concatenate([w["q"], w["k"][:, :, None], w["v"][:, :, None]], axis=2)
+        gate_up = jnp.stack([w["gate"], w["up"]], axis=-1)
+        return {
+            "qkv": jnp.moveaxis(qkv, 0, -1), "o": jnp.moveaxis(w["o"], -1, 0),
+            "gate_up": jnp.moveaxis(gate_up, 0, -1), "down": w["down"].T,
+            "turns": _turns(jnp.arange(length), _kind(config, layer)[1]),
+        }  # fmt: skip
+
+    found = {name: apart(tree) if "layers" in tree else tree for name, tree in params.items()}
+    layers = found["params"]["layers"]
+    rest = tuple({name: x for name, x in layer.items() if name not in LAYER_MATRICES} for layer in layers)
+    of_rows = tuple(rows(i, layer) for i, layer in enumerate(layers))
+    return found | {"params": {**found["params"], "layers": rest}, "rows": {"layers": of_rows}}
 
 
 def rotary(x: Array, positions: Array, theta: float | Array) -> Array:
@@ -88,11 +109,20 @@ def rotary(x: Array, positions: Array, theta: float | Array) -> Array:
       positions: [B, T].
       theta: the base, or the frequencies themselves, [H / 2] (`rotary_frequencies`).
     """
-    half = x.shape[-1] // 2
-    frequency = _powers(theta, half) if isinstance(theta, float) else theta
+    return _turned(x, *_turns(positions, _powers(theta, x.shape[-1] // 2) if isinstance(theta, float) else theta))
+
+
+def _turns(positions: Array, frequency: Array) -> tuple[Array, Array]:
+    """Cosines and sines, [..., H / 2]."""
     angle = positions.astype(jnp.float32)[..., None] * frequency
-    angle = angle.reshape(angle.shape[:2] + (1,) * (x.ndim - 3) + (half,))
-    cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def _turned(x: Array, cos: Array, sin: Array) -> Array:
+    """x [B, T, ..., H] by cos and sin [B, T, H / 2]."""
+    half = x.shape[-1] // 2
+    shape = cos.shape[:2] + (1,) * (x.ndim - 3) + (half,)
+    cos, sin = cos.reshape(shape).astype(x.dtype), sin.reshape(shape).astype(x.dtype)
     x1, x2 = x[..., :half], x[..., half:]
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)
 
@@ -140,6 +170,28 @@ def project(x: Array, weight: Array, spec: jax.P, dtype=None) -> Array:
     return jnp.reshape(out, (B, T, *weight.shape[inner:]), out_sharding=spec)
 
 
+def times_rows(x: Array, weight: Array, spec: jax.P) -> Array:
+    """`project`, to float32, with a weight [outputs ..., inputs ...].
+
+    Where there is one token per row, a weight is read once for few of them, and on a CPU fastest along its rows: it is
+    multiplied by columns of x. The barriers keep the compiler from turning that round.
+    """
+    B, T = x.shape[:2]
+    outer = weight.ndim - x.ndim + 2
+    of_x, of_weight = jax.typeof(x).sharding.spec, jax.typeof(weight).sharding.spec
+    shape = weight.shape[:outer]
+    x = jnp.reshape(x, (B * T, -1), out_sharding=jax.P(of_x[0], of_x[2]))
+    weight = jnp.reshape(weight, (-1, x.shape[1]), out_sharding=jax.P(of_weight[0], of_weight[outer]))
+    times = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+    if T == 1:
+        column = jax.lax.optimization_barrier(x.T)
+        out = times(weight, column, (((1,), (0,)), ((), ())), out_sharding=jax.P(spec[2], spec[0]))
+        out = jax.lax.optimization_barrier(out).T
+    else:
+        out = times(x, weight, (((1,), (1,)), ((), ())), out_sharding=jax.P(spec[0], spec[2]))
+    return jnp.reshape(out, (B, T, *shape), out_sharding=spec)
+
+
 class RMSNorm(nn.Module):
     """Root mean square normalisation (Zhang and Sennrich 2019), in float32, times `offset` + scale."""
 
@@ -156,6 +208,18 @@ class RMSNorm(nn.Module):
         return (x * scale).astype(self.dtype)
 
 
+def _kind(config: ModelConfig, layer: Array | int) -> tuple[Array | None, Array]:
+    """(whether it sees all, of `reach_of`; rotary frequencies): all in which layers with a window differ."""
+    c = config
+    far, near = rotary_frequencies(c)
+    if not c.sliding_window:
+        return None, far
+    if not c.global_every:
+        return None, near
+    is_global = (layer + 1) % c.global_every == 0
+    return is_global, jnp.where(is_global, far, near)
+
+
 class Block(nn.Module):
     """One layer. The carry is (x [B, T, D], keys and values of all layers or None, layer number).
 
@@ -164,6 +228,7 @@ class Block(nn.Module):
 
     config: ModelConfig
     rules: AxisRules
+    last_only: bool = False  # whether what it adds to tokens before the last one is left out
 
     def _weight(
         self,
@@ -193,26 +258,24 @@ class Block(nn.Module):
         zeros = lambda _, shape, dtype: jnp.zeros(shape, dtype, out_sharding=self.rules.spec(*axes))  # noqa: E731
         return x + self.param(name, zeros, x.shape[2:], jnp.float32).astype(self.config.dtype)
 
+    def _rows(self, name: str, x: Array, axes: tuple[str | None, ...], spec: jax.P) -> Array:
+        """`_project` with a weight of `layers_apart`."""
+        weight = self.get_variable("rows", name).astype(self.config.dtype)
+        weight = jax.sharding.reshard(weight, dataclasses.replace(self.rules, embed=None).spec(*axes))
+        return self._adapted(name, x, times_rows(x, weight, spec).astype(self.config.dtype), spec)
+
     def _project(self, name: str, x: Array, weight: Array, spec: jax.P) -> Array:
-        """`project`, plus scale * (x A) B where the variables have adapters for the weight of this name."""
-        out = project(x, weight, spec)
+        """`project`, plus what adapters add."""
+        return self._adapted(name, x, project(x, weight, spec), spec)
+
+    def _adapted(self, name: str, x: Array, out: Array, spec: jax.P) -> Array:
+        """out + scale * (x A) B where the variables have adapters for the weight of this name."""
         if not self.has_variable("lora", name):
             return out
         cast = lambda v: v.astype(self.config.dtype)  # noqa: E731
         adapter = gather_weights(jax.tree.map(cast, self.get_variable("lora", name)), self.rules)
         low = project(x, adapter["a"], self.rules.spec("batch", None, None))
         return out + project(low * cast(self.get_variable("lora", "scale")), adapter["b"], spec)
-
-    def _kind(self, layer: Array) -> tuple[Array | None, Array]:
-        """(whether it sees all, of `reach_of`; rotary frequencies): all in which layers with a window differ."""
-        c = self.config
-        far, near = rotary_frequencies(c)
-        if not c.sliding_window:
-            return None, far
-        if not c.global_every:
-            return None, near
-        is_global = (layer + 1) % c.global_every == 0
-        return is_global, jnp.where(is_global, far, near)
 
     @nn.compact
     def __call__(self, carry, queries: Places, keys: Places | None):
@@ -221,49 +284,77 @@ class Block(nn.Module):
         D, F, K, H = c.d_model, c.mlp_dim, c.num_kv_heads, c.head_dim
         G = c.num_heads // K
         out_scale = (2 * c.num_layers) ** -0.5
-        is_global, frequency = self._kind(layer)
+        is_global, frequency = _kind(c, layer)
+        in_rows = self.has_variable("rows", "qkv")
 
         with jax.named_scope("attention"):
             y = self._norm("attention_norm")(x)
             heads = rules.spec("batch", None, "heads", None)
-            q = self._weight("q", (D, K, G, H), ("embed", "heads", None, None), D)
-            q = self._project("q", y, q, rules.spec("batch", None, "heads", None, None))
-            k = self._project("k", y, self._weight("k", (D, K, H), ("embed", "heads", None), D), heads)
-            v_weight = self._weight("v", (D, K, H), ("embed", "heads", None), D)
-            v = self._project("v", y, v_weight, heads)
+            grouped = rules.spec("batch", None, "heads", None, None)
+            if in_rows:
+                qkv = self._rows("qkv", y, ("heads", None, None, "embed"), grouped)
+                q, k, v = qkv[:, :, :, :G], qkv[:, :, :, G], qkv[:, :, :, G + 1]
+                q = self._adapted("q", y, q, grouped)
+                k, v = self._adapted("k", y, k, heads), self._adapted("v", y, v, heads)
+            else:
+                q = self._weight("q", (D, K, G, H), ("embed", "heads", None, None), D)
+                q = self._project("q", y, q, grouped)
+                k = self._project("k", y, self._weight("k", (D, K, H), ("embed", "heads", None), D), heads)
+                v_weight = self._weight("v", (D, K, H), ("embed", "heads", None), D)
+                v = self._project("v", y, v_weight, heads)
             if c.qkv_bias:
                 q = self._biased("q_bias", q, ("heads", None, None))
                 k, v = self._biased("k_bias", k, ("heads", None)), self._biased("v_bias", v, ("heads", None))
             if c.qk_norm:
                 q, k = self._norm("q_norm")(q), self._norm("k_norm")(k)
-            q, k = rotary(q, queries.positions, frequency), rotary(k, queries.positions, frequency)
+            if in_rows:
+                by_row = rules.spec("batch", None, None)
+                turns = (
+                    table.at[queries.positions].get(out_sharding=by_row) for table in self.get_variable("rows", "turns")
+                )
+            else:
+                turns = _turns(queries.positions, frequency)
+            cos, sin = turns
+            q, k = _turned(q, cos, sin), _turned(k, cos, sin)
             how = {"query_scale": c.query_scale, "softcap": c.attention_softcap}
             if cache is not None:
                 cache = _write(cache, layer, k, v)
-            if keys is None:
+            if self.last_only and keys is None:
+                mask = sight(queries.cut(-1, None), queries, reach_of(c.sliding_window, is_global))
+                x, y = x[:, -1:], attention(q[:, -1:], k, v, mask, **how)
+            elif keys is None:
                 how |= {"kind": c.attention, "window": c.sliding_window, "block": c.attention_block}
                 y = self_attention(q, k, v, queries, is_global, **how)
             else:
                 mask = sight(queries, keys, reach_of(c.sliding_window, is_global))
                 y = attention_to_cache(q, _of_layer(cache.k, layer), _of_layer(cache.v, layer), mask, **how)
-            start = None
-            if c.copy_init:
-                # Heads that pass on what they attend to: without this a small model needs several times the steps
-                # before it copies a word of the prompt (Trockman and Kolter 2023, mimetic initialization).
-                transposed = c.copy_init * v_weight.astype(jnp.float32).transpose(1, 2, 0)
-                start = jnp.broadcast_to(transposed[:, None], (K, G, H, D))
-            axes = ("heads", None, None, "embed")
-            o = self._weight("o", (K, G, H, D), axes, c.num_heads * H, out_scale, start)
-            y = self._project("o", y, o, rules.spec("batch", None, None))
+            narrow = rules.spec("batch", None, None)
+            if in_rows:
+                y = self._rows("o", y, ("embed", "heads", None, None), narrow)
+            else:
+                start = None
+                if c.copy_init:
+                    # Heads that pass on what they attend to: without this a small model needs several times the steps
+                    # before it copies a word of the prompt (Trockman and Kolter 2023, mimetic initialization).
+                    transposed = c.copy_init * v_weight.astype(jnp.float32).transpose(1, 2, 0)
+                    start = jnp.broadcast_to(transposed[:, None], (K, G, H, D))
+                axes = ("heads", None, None, "embed")
+                o = self._weight("o", (K, G, H, D), axes, c.num_heads * H, out_scale, start)
+                y = self._project("o", y, o, narrow)
             x = x + (self._norm("attention_post_norm")(y) if c.post_norms else y)
         with jax.named_scope("mlp"):
             y = self._norm("mlp_norm")(x)
             wide = rules.spec("batch", None, "mlp")
-            gate = self._project("gate", y, self._weight("gate", (D, F), ("embed", "mlp"), D), wide)
-            up = self._project("up", y, self._weight("up", (D, F), ("embed", "mlp"), D), wide)
-            down = self._weight("down", (F, D), ("mlp", "embed"), F, out_scale)
+            if in_rows:
+                both = self._rows("gate_up", y, ("mlp", None, "embed"), rules.spec("batch", None, "mlp", None))
+                gate, up = (self._adapted(name, y, both[..., i], wide) for i, name in enumerate(("gate", "up")))
+            else:
+                gate = self._project("gate", y, self._weight("gate", (D, F), ("embed", "mlp"), D), wide)
+                up = self._project("up", y, self._weight("up", (D, F), ("embed", "mlp"), D), wide)
+                down = self._weight("down", (F, D), ("mlp", "embed"), F, out_scale)
             gate = nn.silu(gate) if c.activation == "silu" else nn.gelu(gate, approximate=True)
-            y = self._project("down", gate * up, down, rules.spec("batch", None, None))
+            y = gate * up
+            y = self._rows("down", y, ("embed", "mlp"), narrow) if in_rows else self._project("down", y, down, narrow)
             x = x + (self._norm("mlp_post_norm")(y) if c.post_norms else y)
         return (x, cache, layer + 1), None
 
@@ -345,6 +436,7 @@ class Transformer(nn.Module):
         positions: Array,
         cache: KVCache | None = None,
         members: Array | None = None,
+        last_only: bool = False,
     ):
         """Hidden states before the unembedding.
 
@@ -357,6 +449,7 @@ class Transformer(nn.Module):
             which all T are. Then tokens see each other, and else what the cache holds.
           members: [B, T] int32 sets of rows as bits, for rows that share what they begin with (`ScoreBatch`): a token
             attends to those that stand in all of its rows. Not with a cache.
+          last_only: whether T is 1 in what is returned: the last token.
 
         Returns:
           (hidden [B, T, D], the cache with the new tokens, or None).
@@ -380,13 +473,15 @@ class Transformer(nn.Module):
         x = table.at[tokens].get(out_sharding=self.rules.spec("batch", None, None))
         if c.embedding_scale:
             x = x * c.d_model**0.5
-        if isinstance(stacked := self.variables["params"].get("layers"), tuple):
-            lora = self.variables.get("lora", {}).get("layers")
-            for layer, own in enumerate(stacked):
-                tree = {"params": own} | ({"lora": lora[layer]} if lora else {})
-                (x, cache, _), _ = Block(c, self.rules, parent=None).apply(tree, (x, cache, layer), queries, keys)
+        if "rows" in self.variables:
+            apart = {name: tree["layers"] for name, tree in self.variables.items() if "layers" in tree}
+            for layer in range(c.num_layers):
+                own = {name: layers[layer] for name, layers in apart.items()}
+                block = Block(c, self.rules, last_only and layer == c.num_layers - 1, parent=None)
+                (x, cache, _), _ = block.apply(own, (x, cache, layer), queries, keys)
         else:
             (x, cache, _), _ = self.layers((x, cache, jnp.int32(0)), queries, keys)
+            x = x[:, -1:] if last_only else x
         if cache is not None:
             cache = cache._replace(index=cache.index + T)
         return self.norm(x), cache
@@ -397,7 +492,10 @@ class Transformer(nn.Module):
         table = self.embedding if self.config.tie_embeddings else self.unembedding
         spec = dataclasses.replace(self.rules, embed=None).spec("vocab", "embed")
         table = jax.sharding.reshard(table.astype(self.config.dtype), spec)
-        if hidden.ndim == 3:
+        if "rows" in self.variables:
+            wide = self.rules.spec("batch", None, "vocab")
+            logits = times_rows(hidden[:, None], table, wide)[:, 0]
+        elif hidden.ndim == 3:
             logits = project(hidden, table.T, self.rules.spec("batch", None, "vocab"), jnp.float32)
         else:
             logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
