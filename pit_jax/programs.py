@@ -217,7 +217,7 @@ class _Maker:
         state = self.state(module, optimizer)
         return Program(
             stage, stage, "reward_model", step, (state, batch), flops, B, T, gradients=lora.trained(state.params),
-            prompt=self.policy_prompt, answer=self.answer, optimizers=(optimizer,),
+            prompt=prompt, answer=answer, optimizers=(optimizer,),
         )  # fmt: skip
 
     def rl(self, stage: str, model: str, path: str) -> list[Program]:

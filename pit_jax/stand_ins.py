@@ -118,16 +118,17 @@ class _Filler:
         return batches.lay_out(sequences, T, loss_on_prompt=self.settings.loss_on_prompt)
 
     def groups(self, like: ScoreBatch) -> ScoreBatch:
-        """x and two answers; of R_PIT two more behind each."""
-        (B, T), C, answer = like.tokens.shape, like.last.shape[1], self.program.answer
+        """x and two answers; of R_PIT two more behind each. As many groups in a sequence as there is room for."""
+        (B, T), (_, E, C), answer = like.tokens.shape, like.last.shape, self.program.answer
 
         def group(x: np.ndarray, ys: np.ndarray) -> list[np.ndarray]:
             if C == 2:
                 return [np.concatenate([x, y]) for y in ys]
             return [np.concatenate([x, ys[j], ys[i]]) for i, j in ((0, 1), (0, 0), (1, 1), (1, 0))]
 
-        x, y = self.ids(B, self.program.prompt), self.ids(B, 2, answer)
-        return batches.score_rows([group(*both) for both in zip(x, y, strict=True)], length=T)
+        x, y = self.ids(B, E, self.program.prompt), self.ids(B, E, 2, answer)
+        sequences = [[group(*of) for of in zip(*both, strict=True)] for both in zip(x, y, strict=True)]
+        return batches.lay_out_groups(sequences, T, E, C)
 
     def pairs(self, like: PairBatch) -> PairBatch:
         """x, y_w and y_l."""

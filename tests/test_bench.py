@@ -159,8 +159,14 @@ def made(config, *stages: str) -> list[programs.Program]:
         (SRT, ("srt", "self_feedback", "dpo"), ("dpo",)),
         (ADAPTED, ("sft_policy", "rl_policy"), ("rl_policy",)),
         (dataclasses.replace(PIT, r_pit=c.RewardModelConfig(loss="r_p_difference")), ("rl_pit",), ()),
+        (
+            dataclasses.replace(PIT, r_pit=c.RewardModelConfig(batch_size=4, sequence_length=180)),
+            ("r_pit",),
+            ("r_pit",),
+        ),
+        (dataclasses.replace(PIT, r_pit=c.RewardModelConfig(batch_size=2, sequence_length=60)), ("r_pit",), ()),
     ],
-    ids=["pit", "srt", "lora", "difference"],
+    ids=["pit", "srt", "lora", "difference", "packed", "cut"],
 )
 def test_arguments_are_those_that_programs_were_made_for(config, stages, runs):
     """Shapes, types and layouts; and programs run, their states are fed back, and no number is lost."""
@@ -191,7 +197,7 @@ def test_rows_are_full():
     groups = jax.device_get(stand_ins.arguments(program, PIT)[1])
     # x, two candidates, and the last token of four answers of 6 behind them; of 7 padded slots none is more.
     assert (groups.members > 0).sum(1).max() <= 52 + 6 * 6 <= program.length < 52 + 6 * 6 + 8
-    assert groups.positions[0, groups.last[0]].tolist() == [52 + 2 * 6 - 1] * 4
+    assert groups.positions[0, groups.last[0, 0]].tolist() == [52 + 2 * 6 - 1] * 4
 
 
 def test_a_program_that_the_devices_cannot_hold_is_named():
