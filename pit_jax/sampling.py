@@ -230,6 +230,10 @@ def generate(
         order = jnp.argsort(~sharding.replicate(slots.done), stable=True)[:F]  # free slots first
         rows = jnp.minimum(next_row + jnp.arange(F), N - 1)
         fresh = read(sharding.take_rows(prompts, rows, rules), rows)
+        if num_shards == 1:
+            return jax.lax.fori_loop(
+                0, wanted(next_row), lambda i, old: _replace(old, fresh, i, order[i]), (cache, slots)
+            )
         taken = (order == jnp.arange(B)[:, None]) & (jnp.arange(F) < wanted(next_row))  # [B, F]
         new, source = along_batch(jnp.any(taken, 1)), jnp.argmax(taken, 1)
         return _merge((cache, slots), fresh, new, source, rules)
@@ -290,6 +294,28 @@ def _put(cache: KVCache, fresh: KVCache) -> KVCache:
     """A cache with one of fewer slots and the same rows at its beginning."""
     put = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0,) * old.ndim)  # noqa: E731
     return jax.tree.map(put, cache._replace(index=fresh.index), fresh)
+
+
+def _replace(old, fresh, source: Array, place: Array):
+    """`_merge` of one row, the fresh one of number `source`, on devices that hold all: others are not touched.
+
+    Args:
+      old, fresh: of `_merge`.
+      source, place: [] int32, its slot there and here.
+    """
+
+    def one(old: Array, fresh: Array, axis: int = 0) -> Array:
+        row = jax.lax.dynamic_slice_in_dim(fresh, source, 1, axis)
+        return jax.lax.dynamic_update_slice(old, row, (0,) * axis + (place,) + (0,) * (old.ndim - axis - 1))
+
+    (cache, slots), (few, begun) = old, fresh
+    empty = jax.lax.dynamic_update_slice(cache.segments, jnp.zeros_like(cache.segments[:1]), (place, 0))
+    of_layers = lambda old, new, row: jax.tree.map(lambda x, y: one(x, y, x.ndim - row), old, new)  # noqa: E731
+    cache = KVCache(
+        of_layers(cache.k, few.k, 5), of_layers(cache.v, few.v, 4), one(empty, few.segments),
+        one(cache.positions, few.positions), cache.index,
+    )  # fmt: skip
+    return cache, jax.tree.map(one, slots, begun)
 
 
 def _merge(old, fresh, new: Array, source: Array, rules: AxisRules):
