@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib.version
 from absl import flags
 
 from pit_jax import files, interrupts, processes
@@ -76,21 +75,8 @@ def one_line_errors(stopped: str = "") -> Iterator[None]:
         processes.leave(1)  # the usual way out waits for the others, half a minute, and ends them without a word
 
 
-def use_faster_products() -> None:
-    """Matrix products by Eigen where JAX_PLATFORMS=cpu: of the two libraries in jaxlib 0.10 the faster one.
-
-    YNNPACK, which it takes of itself, does some shapes of training at half the speed. It keeps sums, of which it makes
-    less work. A jaxlib that does not know the flag would end at once: others are left as they are.
-    """
-    given, flag = os.environ.get("XLA_FLAGS", ""), "--xla_cpu_experimental_ynn_fusion_type"
-    known = os.environ.get("JAX_PLATFORMS") == "cpu" and jaxlib.version.__version_info__[:2] == (0, 10)
-    if known and flag not in given:
-        os.environ["XLA_FLAGS"] = f"{given} {flag}=LIBRARY_FUSION_TYPE_REDUCE".strip()
-
-
 def parse_flags(argv: list[str]) -> list[str]:
     """A misspelt flag, field or variant of a config ends in one line too, not in a traceback from inside a library."""
-    use_faster_products()
     for argument in argv[1:]:
         name, _, value = argument.partition("=")
         path = Path(value.partition(":")[0])

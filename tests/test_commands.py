@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-import os
 import shutil
 
 import jax
@@ -13,7 +12,7 @@ import pytest
 import test_hf_reward
 from commands import run
 
-from pit_jax import cli, sharding
+from pit_jax import sharding
 from pit_jax.data import builders, tokenizer as tokenizer_lib, verifier
 from pit_jax.evaluation import hf_reward
 from pit_jax.pipelines import improve, improve_file, pit
@@ -640,26 +639,3 @@ def test_a_reward_model_of_hugging_face_judges(evaluated, cache, tmp_path):
     prompts = [prompt.strip() for prompt, _ in rows_of(workdir)]
     expected = hf_reward.score(loaded, prompts, [line["text"] for line in made(workdir, "pit")[1]])
     np.testing.assert_allclose(scores["values"]["scores"], expected, atol=1e-5)
-
-
-FASTER = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_REDUCE"
-
-
-@pytest.mark.parametrize(
-    ("platform", "version", "given", "expected"),
-    [
-        ("cpu", (0, 10, 7), None, FASTER),
-        ("cpu", (0, 10, 2), "--xla_a=1", f"--xla_a=1 {FASTER}"),
-        ("cpu", (0, 10, 2), "--xla_cpu_experimental_ynn_fusion_type=", "--xla_cpu_experimental_ynn_fusion_type="),
-        ("cpu", (0, 11, 0), None, None),
-        ("tpu", (0, 10, 2), None, None),
-        (None, (0, 10, 2), None, None),
-    ],
-)
-def test_flags_of_the_compiler_are_those_that_it_knows(platform, version, given, expected, monkeypatch):
-    """One that it does not know would end the process."""
-    monkeypatch.setattr(cli.jaxlib.version, "__version_info__", version)
-    for name, value in (("JAX_PLATFORMS", platform), ("XLA_FLAGS", given)):
-        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
-    cli.use_faster_products()
-    assert os.environ.get("XLA_FLAGS") == expected
