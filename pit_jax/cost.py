@@ -42,7 +42,8 @@ def matmul_flops(jaxpr, while_trips: int = 1, runs: int = 0) -> float:
         elif name == "scan":
             total += params["length"] * inner(params["jaxpr"])
         elif name == "while":
-            total += while_trips * (inner(params["body_jaxpr"]) + inner(params["cond_jaxpr"]))
+            trips = _counted_to(params["cond_jaxpr"].jaxpr) or while_trips
+            total += trips * (inner(params["body_jaxpr"]) + inner(params["cond_jaxpr"]))
         elif name == "cond":
             total += max(inner(branch) for branch in params["branches"])
         elif name == "pallas_call":
@@ -50,6 +51,15 @@ def matmul_flops(jaxpr, while_trips: int = 1, runs: int = 0) -> float:
         else:
             total += sum(inner(j) for value in params.values() for j in _jaxprs_in(value))
     return total
+
+
+def _counted_to(condition) -> int:
+    """n of a loop that ends where its counter, from 0 on, is no longer below it; 0 for another loop."""
+    if len(condition.eqns) != 1 or condition.eqns[0].primitive.name != "lt":
+        return 0
+    counter, bound = condition.eqns[0].invars
+    counts = counter.aval.dtype.kind == "i" and any(counter is x for x in condition.invars)
+    return int(bound.val) if counts and hasattr(bound, "val") else 0  # a literal
 
 
 def _jaxprs_in(value) -> Iterator:

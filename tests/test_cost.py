@@ -29,6 +29,8 @@ def test_a_body_counts_as_often_as_it_runs():
     data = lambda x: jax.lax.while_loop(lambda c: c[0, 0] < 9, square, x)  # noqa: E731
     assert flops(data, f32(4, 4)) == once
     assert flops(data, f32(4, 4), while_trips=5) == 5 * once
+    counted = lambda x: jax.lax.while_loop(lambda c: c[0] < 7, lambda c: (c[0] + 1, square(c[1])), (0, x))  # noqa: E731
+    assert flops(counted, f32(4, 4), while_trips=5) == 7 * once
     either = lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: square(square(x)), square, x)  # noqa: E731
     assert flops(either, f32(4, 4)) == 2 * once
 

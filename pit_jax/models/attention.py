@@ -10,6 +10,7 @@ numbers, up to rounding:
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -291,6 +292,16 @@ def _at(tree, i: Array):
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False), tree)
 
 
+def _over_blocks(count: int, add: Callable, start):
+    """`add(j, carry)` for each block of keys.
+
+    A `while`, which JAX takes whole: of a loop of known length it parts what depends on the gradient that comes in from
+    what does not, as the gradient of a scan over layers is made, and would keep the scores of all blocks for that.
+    """
+    begun = jnp.int32(0), start
+    return jax.lax.while_loop(lambda state: state[0] < count, lambda state: (state[0] + 1, add(*state)), begun)[1]
+
+
 def _block_scores(form: tuple[float, float], q: Array, k: Array) -> Array:
     """[B, K, G, t, H] and [B, K, s, H] -> [B, K, G, t, s]."""
     scale, softcap = form
@@ -327,7 +338,7 @@ def _forward(form, queries, keys, values, places, reach):
 
         zeros = jnp.zeros_like(q, sums(q.dtype))
         start = zeros[..., 0] - 1e30, zeros[..., 0], zeros
-        largest, total, mixed = jax.lax.fori_loop(0, len(queries), add, start)  # nobody sees what is behind i
+        largest, total, mixed = _over_blocks(len(queries), add, start)  # nobody sees what is behind i
         total = jnp.where(total > 0, total, 1.0)
         return None, ((mixed / total[..., None]).astype(q.dtype), largest + jnp.log(total))
 
@@ -371,7 +382,7 @@ def _backward(form, kept, d_out):
 
             return jax.lax.cond(jnp.any(seen), seen_by_some, lambda carry: carry, carry)
 
-        d_q, *carry = jax.lax.fori_loop(0, len(queries), add, (jnp.zeros_like(q, sums(q.dtype)), *carry))
+        d_q, *carry = _over_blocks(len(queries), add, (jnp.zeros_like(q, sums(q.dtype)), *carry))
         return tuple(carry), d_q.astype(q.dtype)
 
     start = tuple(jnp.zeros_like(x, sums(x.dtype)) for x in (keys, values))

@@ -425,7 +425,7 @@ class Transformer(nn.Module):
             in_axes=nn.broadcast,
             length=c.num_layers,
             # In a loop a CPU copies what is kept for the gradient of each layer; what is made again must stay in one.
-            unroll=min(c.num_layers, 8) if platform() == "cpu" and c.remat == "none" else 1,
+            unroll=c.num_layers if platform() == "cpu" and c.remat == "none" and c.num_layers <= 8 else 1,
         )(c, self.rules)
         self.norm = RMSNorm(c.norm_epsilon, c.dtype, c.norm_offset)
 
