@@ -183,18 +183,17 @@ def test_no_number_of_a_model_depends_on_the_way(config, is_tree, kind, mesh):
 @pytest.mark.usefixtures("one_device")
 def test_no_square_of_scores_is_kept_for_the_gradient():
     """Layers in a loop, made again or not: temporary memory of a step doubles with the length, and no more."""
+
+    def temporary(model, length):
+        on_mesh = jax.NamedSharding(jax.sharding.get_mesh(), jax.P("data", None))
+        rows = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=on_mesh)
+        params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+        total = lambda params, x: jnp.sum(model.apply(params, x, x, x))  # noqa: E731
+        return jax.jit(jax.grad(total)).lower(params, rows).compile().memory_analysis().temp_size_in_bytes
+
     for remat in ("none", "full"):
-        config = dataclasses.replace(LONG, num_layers=10, attention_block=128, remat=remat)
-
-        def temporary(length, model=ScalarModel(config)):
-            on_mesh = jax.NamedSharding(jax.sharding.get_mesh(), jax.P("data", None))
-            rows = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=on_mesh)
-            params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-            total = lambda params, x: jnp.sum(model.apply(params, x, x, x))  # noqa: E731
-            made = jax.jit(jax.grad(total)).lower(params, rows).compile()
-            return made.memory_analysis().temp_size_in_bytes
-
-        assert temporary(4096) < 2.2 * temporary(2048), remat
+        model = ScalarModel(dataclasses.replace(LONG, num_layers=10, attention_block=128, remat=remat))
+        assert temporary(model, 4096) < 2.2 * temporary(model, 2048), remat
 
 
 # ------------------------------------------------------------------------------------------------------ which is taken
