@@ -116,6 +116,14 @@ def forward_flops(
     return rows * (passes[0] * 2.0 * (layers * length + unembedding * num_targets) + passes[1] * attention)
 
 
+def prompt_flops(config: ModelConfig, rows: int, length: int) -> float:
+    """Operations of reading prompts for their next token: of the others the last layer makes keys and values alone."""
+    c = config
+    rest = c.d_model * (2 * c.num_heads * c.head_dim + 3 * c.mlp_dim)
+    attention = 4.0 * c.num_heads * c.head_dim * (length - 1) * length / 2
+    return forward_flops(config, rows, length, 1) - rows * (2.0 * rest * (length - 1) + attention)
+
+
 def on_mesh(tree, mesh: jax.sharding.Mesh):
     """Arrays without values, on `mesh` in the layout that their types name."""
 
@@ -253,7 +261,7 @@ class _Maker:
         scores = forward_flops(reward, B, length, 0) * (2 if by_difference else 1)
         values = forward_flops(reward, B, P + R, 0)
         read_rows = B // settings.samples_per_prompt  # a prompt is read once for all its answers
-        sampled = forward_flops(sizes, read_rows, P, 1) + forward_flops(sizes, B, R, R, start=P)
+        sampled = prompt_flops(sizes, read_rows, P) + forward_flops(sizes, B, R, R, start=P)
         learning = on_mesh((experience, statistics), self.mesh)
         epochs = settings.num_epochs
         learnt = forward_flops(sizes, B, P + R, R, passes=self.learn)
@@ -300,7 +308,7 @@ class _Maker:
         module = Transformer(sizes)
         generate = common.jitted_generate(module, SamplingConfig(max_new_tokens=R), EOS, stop)
         arguments = self.params(module), PromptBatch(self.array(B, P), self.array(B)), self.key
-        flops = forward_flops(sizes, B, P, 1) + forward_flops(sizes, B, R, R, start=P)
+        flops = prompt_flops(sizes, B, P) + forward_flops(sizes, B, R, R, start=P)
         cache = self.cache(sizes, B, P + R)
         return Program(stage, path, model, generate, arguments, flops, B, P + R, R, cache=cache, prompt=P, answer=R)
 

@@ -22,7 +22,7 @@ from pit_jax.learners import dpo, ppo, reward_model, sft
 from pit_jax.losses import preference
 from pit_jax.models.transformer import ScalarModel, Transformer
 from pit_jax.pipelines import common
-from pit_jax.programs import forward_flops, num_matrix_parameters, tree_flops
+from pit_jax.programs import forward_flops, num_matrix_parameters, prompt_flops, tree_flops
 from pit_jax.types import Array, PromptBatch, ScoreBatch, TokenBatch
 
 SIZES = {
@@ -272,7 +272,7 @@ def sampling_phases(sizes: ModelConfig, rows: int, prompt: int, new: int) -> tup
         Phase(forward_flops(sizes, rows, 1, 1, start=at), 4.0 * (layers + unembedding + rows * (at + 1) * of_token))
         for at in range(prompt, prompt + new - 1)
     )
-    return Phase(forward_flops(sizes, rows, prompt, 1)), *steps
+    return Phase(prompt_flops(sizes, rows, prompt)), *steps
 
 
 def sampling_work(sizes: ModelConfig, rows: int, prompt: int, new: int) -> Work:
@@ -327,7 +327,7 @@ def prompts_work(sizes: ModelConfig, rows: int, size: int, window: int, new: int
 
         return call
 
-    flops = sum(forward_flops(sizes, 1, n, 1) + forward_flops(sizes, 1, new, new, start=n) for n in lengths.tolist())
+    flops = sum(prompt_flops(sizes, 1, n) + forward_flops(sizes, 1, new, new, start=n) for n in lengths.tolist())
     return Work(rows * new, "new tokens", (Phase(flops),), start)
 
 
@@ -362,7 +362,7 @@ def mixed_work(sizes: ModelConfig, rows: int, slots: int, prompt: int, new: int,
 
         return call
 
-    flops = forward_flops(sizes, rows, prompt, 1) + forward_flops(sizes, rows, 31, 31, start=prompt)
+    flops = prompt_flops(sizes, rows, prompt) + forward_flops(sizes, rows, 31, 31, start=prompt)
     return Work(rows, "answers", (Phase(flops),), start)
 
 

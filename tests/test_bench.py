@@ -78,12 +78,16 @@ def test_an_iteration_of_ppo_and_a_step_of_sft_run():
 
 
 def test_sampling_costs_by_hand():
-    """Two rows, prompt 3, 3 new tokens: a prefill that scores one place, and two steps behind 3 and 4 tokens."""
+    """Two rows, prompt 3, 3 new tokens: a prefill that scores one place, and two steps behind 3 and 4 tokens.
+
+    The only layer is the last one: of the first two tokens of the prompt it makes keys and values alone.
+    """
     sizes = dataclasses.replace(SIZES, num_layers=1)
     matrices = 16 * 4 * 2 * (4 + 2) + 3 * 16 * 24  # q, o; k, v; gate, up, down
     unembedding = 64 * 16
     attention = lambda keys: 4 * 4 * 4 * keys  # noqa: E731
-    prefill = 2 * (2 * 3 * matrices + 2 * unembedding + attention(1 + 2 + 3))
+    keys_and_values = 16 * 4 * 2 * 2
+    prefill = 2 * (2 * matrices + 2 * 2 * keys_and_values + 2 * unembedding + attention(3))
     steps = [2 * (2 * matrices + 2 * unembedding + attention(keys)) for keys in (4, 5)]
     bytes_ = [4 * (matrices + unembedding + 2 * keys * 2 * 2 * 4) for keys in (4, 5)]
     found = works.sampling_phases(sizes, 2, 3, 3)

@@ -84,6 +84,13 @@ def test_operations_of_a_decoder_by_hand():
     assert programs.forward_flops(TINY, 5, 3, 2, start=10) == 5 * (2 * layers * 3 + 2 * 1024 * 2 + attention + more)
 
 
+def test_operations_of_a_prompt_by_hand():
+    """Behind the first layer 3 tokens have keys and values, 256 of 1,920, and the last has the rest and sees all 3."""
+    first = 2 * 1920 * 3 + 4 * (2 + 2) * 4 * (1 + 2 + 3)
+    last = 2 * 256 * 3 + 2 * (1920 - 256) + 4 * (2 + 2) * 4 * 3
+    assert programs.prompt_flops(TINY, 5, 3) == 5 * (first + last + 2 * 1024)
+
+
 @pytest.mark.usefixtures("one_device")
 def test_operations_are_those_of_the_forward_pass():
     """The square of a short sequence is looked at whole, of which half is behind the query."""
