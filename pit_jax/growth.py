@@ -13,28 +13,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from pit_jax import sharding, train_state
+from pit_jax import sharding
 from pit_jax.config import ModelConfig
-from pit_jax.learners import sft
 from pit_jax.losses.log_probs import token_log_probs
-from pit_jax.models.transformer import Transformer
-from pit_jax.pipelines import common
-from pit_jax.programs import forward_flops
-from pit_jax.types import Array, TokenBatch
-from pit_jax.works import Phase, Work, optimizer, random_tokens
+from pit_jax.types import Array
+from pit_jax.works import Phase, Work, random_tokens, sft_work
 
 SIZES = ModelConfig(
-    vocab_size=2048,
-    num_layers=2,
-    d_model=128,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=32,
-    mlp_dim=384,
+    vocab_size=2048, num_layers=2, d_model=128, num_heads=4, num_kv_heads=2, head_dim=32, mlp_dim=384,
     tie_embeddings=True,
-)
+)  # fmt: skip
 CHUNK = 64
 """Positions of each row whose logits exist at a time."""
 
@@ -65,32 +54,6 @@ class Point(NamedTuple):
     rows: int
     length: int
     work: Callable[[], Work]
-
-
-def step_work(sizes: ModelConfig, rows: int, length: int, chunk: int = CHUNK) -> Work:
-    """A step of SFT that learns every token of full rows."""
-    module, made = Transformer(sizes), optimizer()
-    step = sft.make_train_step(module, made, chunk_size=chunk)
-    ones = np.ones((rows, length), np.int32)
-    positions = np.broadcast_to(np.arange(length, dtype=np.int32), ones.shape)
-
-    def batch_at(i: int) -> sft.SFTBatch:
-        tokens = random_tokens(sizes, i, rows, length)
-        return sharding.shard_batch(sft.SFTBatch(TokenBatch(tokens, ones, positions, positions > 0)))
-
-    def start(compile: Callable) -> Callable[[int], Any]:
-        state = train_state.create(common.init_params(module, jax.random.key(0)), made)
-        compiled = compile(step, state, batch_at(0))
-
-        def call(i: int) -> Any:
-            nonlocal state
-            state, values = compiled(state, batch_at(i))
-            return values
-
-        return call
-
-    flops = 3 * forward_flops(sizes, rows, length, length - 1)
-    return Work(rows * length, "tokens", (Phase(flops),), start)
 
 
 def summed_log_probs(table: Array, hidden: Array, targets: Array, chunk: int) -> Array:
@@ -131,7 +94,7 @@ def points(name: str) -> list[Point]:
         sizes = dataclasses.replace(SIZES, **sizes)
         length = value if name == "length" else LENGTH
         rows = {"length": TOKENS // length, "batch": value}.get(name, ROWS)
-        found.append(Point("sft", value, rows, length, functools.partial(step_work, sizes, rows, length)))
+        found.append(Point("sft", value, rows, length, functools.partial(sft_work, sizes, rows, length, CHUNK)))
         if name in ("length", "vocabulary"):
             rows = 1 if name == "length" else ROWS
             alone = functools.partial(log_probs_work, sizes, rows, length)

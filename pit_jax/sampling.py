@@ -308,14 +308,9 @@ def _replace(old, fresh, source: Array, place: Array):
         row = jax.lax.dynamic_slice_in_dim(fresh, source, 1, axis)
         return jax.lax.dynamic_update_slice(old, row, (0,) * axis + (place,) + (0,) * (old.ndim - axis - 1))
 
-    (cache, slots), (few, begun) = old, fresh
-    empty = jax.lax.dynamic_update_slice(cache.segments, jnp.zeros_like(cache.segments[:1]), (place, 0))
-    of_layers = lambda old, new, row: jax.tree.map(lambda x, y: one(x, y, x.ndim - row), old, new)  # noqa: E731
-    cache = KVCache(
-        of_layers(cache.k, few.k, 5), of_layers(cache.v, few.v, 4), one(empty, few.segments),
-        one(cache.positions, few.positions), cache.index,
-    )  # fmt: skip
-    return cache, jax.tree.map(one, slots, begun)
+    segments = old[0].segments
+    empty = jax.lax.dynamic_update_slice(segments, jnp.zeros_like(segments[:1]), (place, 0))
+    return _each_array(one, old, fresh, empty)
 
 
 def _merge(old, fresh, new: Array, source: Array, rules: AxisRules):
@@ -340,11 +335,16 @@ def _merge(old, fresh, new: Array, source: Array, rules: AxisRules):
         mixed = jnp.where(_wide(new, old.ndim, axis), taken(fresh, axis), part)
         return jax.lax.dynamic_update_slice(old, mixed, (0,) * old.ndim)
 
+    empty = jnp.where(new[:, None], 0, old[0].segments)  # what the row before has left
+    return _each_array(one, old, fresh, empty)
+
+
+def _each_array(one, old, fresh, segments: Array):
+    """(cache, slots) by `one(old, fresh, axis of the rows)` of each array; `segments` stand for those of the cache."""
     (cache, slots), (few, begun) = old, fresh
-    empty = jnp.where(new[:, None], 0, cache.segments)  # what the row before has left
     of_layers = lambda old, new, row: jax.tree.map(lambda x, y: one(x, y, x.ndim - row), old, new)  # noqa: E731
     cache = KVCache(
-        of_layers(cache.k, few.k, 5), of_layers(cache.v, few.v, 4), one(empty, few.segments),
+        of_layers(cache.k, few.k, 5), of_layers(cache.v, few.v, 4), one(segments, few.segments),
         one(cache.positions, few.positions), cache.index,
     )  # fmt: skip
     return cache, jax.tree.map(one, slots, begun)

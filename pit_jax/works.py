@@ -100,10 +100,10 @@ def _training(module, train_step, batch_at: Callable[[int], Any]) -> Callable:
     return start
 
 
-def sft_work(sizes: ModelConfig, rows: int, length: int) -> Work:
-    """Every token of `rows` sequences is learnt."""
+def sft_work(sizes: ModelConfig, rows: int, length: int, chunk_size: int = 0) -> Work:
+    """Every token of `rows` sequences is learnt; `chunk_size` is that of `token_log_probs`, 0: all at once."""
     module = Transformer(sizes)
-    step = sft.make_train_step(module, optimizer())
+    step = sft.make_train_step(module, optimizer(), chunk_size=chunk_size)
     ones = np.ones((rows, length), np.int32)
 
     def batch_at(i: int):

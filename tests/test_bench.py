@@ -259,7 +259,7 @@ def test_what_grows():
         steps = [p for p in points if p.program == "sft"]
         assert [p.value for p in steps] == list(growth.VALUES[name])
     assert {(p.rows, p.length) for p in of["vocabulary"]} == {(growth.ROWS, growth.LENGTH)}
-    small = growth.step_work(dataclasses.replace(growth.SIZES, num_layers=1, d_model=16, mlp_dim=16), 2, 128)
-    losses = [float(np.divide(*values["loss"])) for values in called(small)]
+    small = growth.sft_work(dataclasses.replace(growth.SIZES, num_layers=1, d_model=16, mlp_dim=16), 2, 128, 64)
+    losses = [float(values["loss"]) for values in called(small)]
     assert losses[0] == pytest.approx(np.log(2048), rel=0.1)
     assert float(called(growth.log_probs_work(growth.SIZES, 1, 128))[0][0]) < 0
