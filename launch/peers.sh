@@ -9,8 +9,8 @@
 #   --rounds=3    in which each has a turn
 #   --calls=5     that count, of each turn
 #   --seconds=600 that a turn may take
-#   --json=FILE   a line per turn is added, with seconds of each call, versions and limits; what is there is not run
-#                 again, so that a run goes on where it was interrupted
+#   --json=FILE   a line per turn is added, with seconds of each call, versions and limits; what is there of the same
+#                 processor, calls and (ours) commit is not run again, so that a run goes on where it was interrupted
 #   --stock       without the settings that make all of them faster, which are: huge pages for malloc, and on processors
 #                 of AMD the AVX-512 path of MKL for torch (needs a C compiler)
 #   --dry-run     prints what would run

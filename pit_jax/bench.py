@@ -9,9 +9,9 @@ python -m pit_jax.bench --grow=length,vocabulary
 and tokens, for rows as long as the windows allow; one that the devices cannot hold is named, and left out. With --grow
 it is a small decoder whose length of rows, vocabulary, rows per batch or layers grow (`pit_jax/growth.py`).
 
-Columns: tokens (or answers) per second, seconds of the median call, operations per second, the share of what matrix
-products and copies of this machine reach, seconds of compiling, memory of the largest program on a device, what of it
-is temporary, and cores that were busy with something else.
+Columns: tokens (or answers) per second, seconds of the median call, operations per second (of attention those of the
+causal half), the share of what XLA's matrix products and copies of this machine reach, seconds of compiling, memory of
+the largest program on a device, what of it is temporary, and cores that were busy with something else.
 """
 
 import os
@@ -47,9 +47,10 @@ HEAD = (
 
 def line(found: speed.Timed) -> str:
     """A line of the table."""
+    share = "-" if found.share is None else f"{found.share:.0%}"
     return (
         f"{found.name:<26}{found.rate:>10,.0f}{found.seconds:>9.3f}{found.flops / found.seconds / 1e9:>9.1f}"
-        f"{found.share:>9.0%}{found.compile_seconds:>8.1f}s{found.peak_bytes / 2**30:>9.3f}"
+        f"{share:>9}{found.compile_seconds:>8.1f}s{found.peak_bytes / 2**30:>9.3f}"
         f"{found.temporary_bytes / 2**30:>11.3f}{found.others:>8.2f}"
     )
 
@@ -137,7 +138,7 @@ def measure_config(config: Any) -> None:
 
 def measure_growth(names: list[str]) -> None:
     """A table for each."""
-    if unknown := [name for name in names if name not in growth.VALUES]:
+    if unknown := [name for name in names or [""] if name not in growth.VALUES]:
         raise ValueError(f"--grow={unknown[0]}: use some of {', '.join(growth.VALUES)}")
     with jax.set_mesh(sharding.make_mesh()):
         head()
@@ -158,14 +159,18 @@ def main(argv: list[str]) -> None:
         given = [name for name, value in given.items() if value is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are different measurements: give one of them")
+        if _LIST.value and given not in ([], ["--works"]):
+            raise ValueError(f"--list is of the works, and not of {given[0]}: give one of them")
         if _STAGES.value and _CONFIG.value is None:
             raise ValueError(f"--stages={','.join(_STAGES.value)} are those of a config: give --config=FILE too")
+        if _JSON.value:
+            add([])  # a file that cannot be written is an error before anything is measured
         if _LIST.value:
             if _JSON.value:
                 add(works.describe(name) for name in chosen_works())
             else:
                 print(",".join(chosen_works()))
-        elif _GROW.value:
+        elif _GROW.value is not None:
             measure_growth(_GROW.value)
         elif _CONFIG.value is not None:
             measure_config(config_lib.from_config_dict(config_lib.class_of(_CONFIG.value), _CONFIG.value))

@@ -93,9 +93,10 @@ def available_bytes() -> float:
 
 
 def measure_limits(size: int = 2048, megabytes: int = 256, repeats: int = 7, dtype: Any = jnp.float32) -> Limits:
-    """Products of square matrices, and the negation of a long vector: no program here does better for long.
+    """Products of square matrices by XLA, and the negation of a long vector, which is read and written.
 
-    One device is measured; others are taken for as fast, but for those of a CPU, which share its cores.
+    Other libraries may multiply faster, and what only reads may read fewer bytes than that. One device is measured;
+    others are taken for as fast, but for those of a CPU, which share its cores.
 
     Args:
       size: rows and columns.
@@ -121,8 +122,10 @@ def measure_limits(size: int = 2048, megabytes: int = 256, repeats: int = 7, dty
     return Limits(*(devices * rate for rate in rates))
 
 
-def at_best(phases: Sequence[Phase], limits: Limits) -> float:
-    """Seconds: each phase takes the longer of computing and of reading."""
+def at_best(phases: Sequence[Phase], limits: Limits) -> float | None:
+    """Seconds: each phase takes the longer of computing and of reading; None where the bytes of one are not known."""
+    if any(phase.bytes is None for phase in phases):
+        return None
     return sum(max(phase.flops / limits.flops, phase.bytes / limits.bandwidth) for phase in phases)
 
 
@@ -170,7 +173,7 @@ class Timed:
       others: cores that were busy with something else, in the median over calls.
       runs: seconds of each call.
       flops: operations of a call.
-      at_best: seconds of a call at the limits.
+      at_best: seconds of a call at the limits, if that is known.
       compile_seconds: of all programs of a call.
       peak_bytes, temporary_bytes: of the largest: see `Compiler`.
     """
@@ -182,7 +185,7 @@ class Timed:
     others: float
     runs: tuple[float, ...]
     flops: float
-    at_best: float
+    at_best: float | None
     compile_seconds: float
     peak_bytes: int
     temporary_bytes: int
@@ -193,9 +196,9 @@ class Timed:
         return self.tokens / self.seconds
 
     @property
-    def share(self) -> float:
-        """Of what the limits allow."""
-        return self.at_best / self.seconds
+    def share(self) -> float | None:
+        """Of what the limits allow, if that is known."""
+        return None if self.at_best is None else self.at_best / self.seconds
 
 
 def measure(name: str, work: Work, limits: Limits, calls: int = 5, warmup: int = 1) -> Timed:

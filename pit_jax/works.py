@@ -49,11 +49,12 @@ class Phase(NamedTuple):
 
     Attributes:
       flops: operations that the mathematics asks for.
-      bytes: what has to be read from memory at least; 0 where that takes no time beside the operations.
+      bytes: what has to be read from memory at least; 0 where that takes no time beside the operations; None: nobody
+        knows, and neither how fast it could be.
     """
 
     flops: float
-    bytes: float = 0.0
+    bytes: float | None = 0.0
 
 
 class Work(NamedTuple):
@@ -327,8 +328,10 @@ def prompts_work(sizes: ModelConfig, rows: int, size: int, window: int, new: int
 
         return call
 
-    flops = sum(prompt_flops(sizes, 1, n) + forward_flops(sizes, 1, new, new, start=n) for n in lengths.tolist())
-    return Work(rows * new, "new tokens", (Phase(flops),), start)
+    flops = sum(
+        prompt_flops(sizes, 1, n) + forward_flops(sizes, 1, new - 1, new - 1, start=n) for n in lengths.tolist()
+    )
+    return Work(rows * new, "new tokens", (Phase(flops, None),), start)
 
 
 def mixed_work(sizes: ModelConfig, rows: int, slots: int, prompt: int, new: int, *, replace: bool) -> Work:
@@ -363,7 +366,7 @@ def mixed_work(sizes: ModelConfig, rows: int, slots: int, prompt: int, new: int,
         return call
 
     flops = prompt_flops(sizes, rows, prompt) + forward_flops(sizes, rows, 31, 31, start=prompt)
-    return Work(rows, "answers", (Phase(flops),), start)
+    return Work(rows, "answers", (Phase(flops, None),), start)
 
 
 def ppo_work(sizes: ModelConfig, rows: int, prompt: int, new: int, epochs: int, minibatches: int = 1) -> Work:

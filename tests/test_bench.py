@@ -97,6 +97,7 @@ def test_sampling_costs_by_hand():
     limits = speed.Limits(flops=steps[0] * 2.0, bandwidth=bytes_[1] / 3.0)
     assert speed.at_best(found[1:], limits) == pytest.approx(bytes_[0] / bytes_[1] * 3.0 + 3.0)
     assert speed.at_best(found[:1], limits) == pytest.approx(prefill / (2 * steps[0]))
+    assert speed.at_best((*found, works.Phase(1.0, None)), limits) is None
 
 
 def test_a_measurement():
@@ -125,10 +126,13 @@ def test_the_command(tmp_path, cache):
     assert wrong.returncode == 2 and "no work 'sft_smal': use some of sft_small, " in wrong.stderr
     for flags, said in (
         (("--grow=lenght",), "--grow=lenght: use some of length, vocabulary, batch, layers"),
+        (("--grow=",), "--grow=: use some of length"),
         (("--grow=length", "--works=sft_small"), "--works and --grow are different measurements"),
+        (("--grow=length", "--list"), "--list is of the works, and not of --grow"),
+        ((f"--json={tmp_path}/missing/bench.jsonl",), "No such file or directory"),
     ):
         wrong = run("-m", "pit_jax.bench", *flags, cache=cache)
-        assert wrong.returncode == 2 and said in wrong.stderr
+        assert (wrong.returncode, wrong.stdout) == (2, "") and said in wrong.stderr
 
 
 # -------------------------------------------------------------------------------------------------- programs of configs

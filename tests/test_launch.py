@@ -312,6 +312,28 @@ def test_the_demo_prints_what_it_would_run(fakes, checkout):
     assert (result.returncode, fakes.calls()) == (1, []) and "has no --dry-run" in result.stderr
 
 
+BENCH = ["-m", "pit_jax.bench"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "calls"),
+    [
+        (["--calls=2", "--works=a,b"], [["--works=a", "--calls=2"], ["--works=b", "--calls=2"]]),
+        (["--json=a b"], [["--list"], ["--works=c", "--json=a b"], ["--works=d", "--json=a b"]]),
+        (["--config=f.py", "--calls=2"], [["--config=f.py", "--calls=2"]]),
+        (["--calls=2", "--grow", "batch"], [["--calls=2", "--grow", "batch"]]),
+        (["--list"], [["--list"]]),
+    ],
+)
+def test_each_work_is_measured_in_a_process_of_its_own(fakes, checkout, arguments, calls):
+    add_python(fakes, checkout, '[ "$3" != --list ] || echo c,d')
+    assert launch("bench.sh", *arguments, fakes=fakes, root=checkout).returncode == 0
+    found = [call[1:] for call in fakes.calls() if call[1:3] == BENCH]
+    assert found == [[*BENCH, *call] for call in calls]
+    wrong = launch("bench.sh", "--works", "a", fakes=fakes, root=checkout)
+    assert wrong.returncode == 1 and "--works=NAME,NAME wants an equals sign" in wrong.stderr
+
+
 PEERS = ["--works=dpo_small,ppo_tiny_e4", "--rounds=2"]
 CPU_OF_AMD = "vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx2 avx512f avx512dq\n"
 PIP = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
@@ -350,7 +372,8 @@ def test_peers_print_what_they_would_run(fakes, checkout, tmp_path):
         [(torch, "trl", ""), (jax, "tunix", "")],
     )
     ours = (f"{checkout}/.venv", "pit_jax", "")
-    turns = [("dpo_small", turn) for turn in [*dpo, ours] * 2] + [("ppo_tiny_e4", turn) for turn in [*ppo, ours] * 2]
+    twice = lambda first, *rest: [first, *rest, *rest, first]  # noqa: E731
+    turns = [("dpo_small", turn) for turn in twice(*dpo, ours)] + [("ppo_tiny_e4", turn) for turn in twice(*ppo, ours)]
     for command, (work, (place, name, variant)) in zip(found[9:], turns, strict=True):
         start = command.index(f"{place}/bin/python")
         assert command[start + 1 :] == [

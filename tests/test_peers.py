@@ -35,6 +35,8 @@ def row(work, peer, round=1, seconds=None, **more):
         "settings": "stock",
         "peer": peer,
         "round": round,
+        "processor": "one",
+        "commit": "abc",
         "task": {"work": work, "tokens": 4096, "unit": "tokens"},
     }
     if seconds is None:
@@ -99,25 +101,48 @@ def test_limits_are_told_apart():
 
 def test_turns():
     found = [(task.round, task.peer) for task in compare.tasks(["rm_small", "ppo_tiny_e4"], 2)]
-    rm = [(n, peer) for n in (1, 2) for peer in ("trl", "trl compile", "tunix", "pit_jax")]
-    assert found == rm + [(n, peer) for n in (1, 2) for peer in ("trl", "tunix", "pit_jax")]
+    rm = [(1, peer) for peer in ("trl", "trl compile", "tunix", "pit_jax")]
+    rm += [(2, peer) for peer in ("trl compile", "tunix", "pit_jax", "trl")]
+    ppo = [(1, "trl"), (1, "tunix"), (1, "pit_jax"), (2, "tunix"), (2, "pit_jax"), (2, "trl")]
+    assert found == rm + ppo, "nobody is always the last"
 
 
 def test_what_has_a_row_is_not_run_again():
     todo = compare.tasks(["ppo_tiny_e4"], 2)
-    assert [task.peer for task in todo] == ["trl", "tunix", "pit_jax"] * 2
+    assert [task.peer for task in todo] == ["trl", "tunix", "pit_jax", "tunix", "pit_jax", "trl"]
     had = [row("ppo_tiny_e4", "trl", 1, [1.0]), row("ppo_tiny_e4", "tunix", 1), row("ppo_tiny_e4", "pit_jax", 2, [1.0])]
     had += [row("sft_tiny", "trl", 2, [1.0])]
-    assert compare.left(todo, as_read(had)) == [todo[1], todo[2], todo[3], todo[4]], "what failed is run again"
+    assert compare.left(todo, as_read(had)) == [todo[1], todo[2], todo[3], todo[5]], "what failed is run again"
 
 
-def test_rows_of_other_settings_and_sizes_do_not_count():
-    had = as_read([row("sft_tiny", "trl", 1, [1.0])])
+def test_rows_that_a_run_would_not_give_again_do_not_count():
+    theirs, ours, failed = had = as_read(
+        [row("sft_tiny", "trl", 1, [1.0, 2.0]), row("sft_tiny", "pit_jax", 1, [1.0, 2.0]), row("sft_tiny", "tunix")]
+    )
     now = {"sft_tiny": {"work": "sft_tiny", "tokens": 4096, "unit": "tokens"}}
-    assert compare.fitting(had, now, "stock") == had
-    assert compare.fitting(had, now, "huge pages") == []
-    assert compare.fitting(had, {"sft_tiny": now["sft_tiny"] | {"tokens": 8192}}, "stock") == []
-    assert compare.fitting(had, {}, "stock") == []
+
+    def fitting(works=now, settings="stock", calls=2, processor="one", commit="abc"):
+        return compare.fitting(had, works, settings, calls, processor, commit)
+
+    assert fitting() == had
+    assert fitting(settings="huge pages") == fitting(processor="two") == fitting(works={}) == []
+    assert fitting(works={"sft_tiny": now["sft_tiny"] | {"tokens": 8192}}) == []
+    assert fitting(calls=5) == [failed]
+    assert fitting(commit="abd") == [theirs, failed]
+    ours["commit"] = "abc+"
+    assert fitting(commit="abc+") == [theirs, failed], "who knows what was changed"
+
+
+def test_turns_that_lie_far_apart_are_told():
+    at = lambda peer, number, clock: row("sft_tiny", peer, number, [1.0], time=f"2026-01-01T{clock}")  # noqa: E731
+    rows = [
+        at("trl", 1, "23:00:00"),
+        at("pit_jax", 1, "23:29:59"),
+        at("trl", 2, "10:00:00"),
+        at("tunix", 2, "11:30:00"),
+    ]
+    lines = [line for line in compare.table(as_read(rows), "stock").splitlines() if "apart" in line]
+    assert lines == ["sft_tiny, round 2: its turns lie 1.5 hours apart: numbers of different hours compare badly"]
 
 
 def test_half_a_line_is_cut_off_and_a_foreign_file_is_an_error(tmp_path):
@@ -269,7 +294,8 @@ def test_a_run_goes_on_where_it_was_interrupted(folder, tmp_path):
     second = start(folder, *arguments)
     said, _ = second.communicate(timeout=60)
     assert second.returncode == 0, said
-    assert calls()[2:] == ["trl", "tunix", "pit_jax"] * 2, "the failure and what was interrupted are tried again"
+    turns = ["trl", "tunix", "pit_jax", "tunix", "pit_jax", "trl"]
+    assert calls()[2:] == turns, "the failure and what was interrupted are tried again"
     lines = said.splitlines()
     assert "ppo_tiny_e4 1/2 trl: status 1: RuntimeError: no luck" in lines
     assert "ppo_tiny_e4 2/2 tunix: 500 per second, 2.000 s a call" in lines
@@ -281,7 +307,7 @@ def test_a_run_goes_on_where_it_was_interrupted(folder, tmp_path):
     assert calls()[before:] == ["trl"] * 2 and f"4 of 6 are in {file} already" in said
     assert "| 500 tunix | 2,000 | 4.00 |" in said, "the table has what was there"
     start(folder, *arguments, "--stock").communicate(timeout=60)
-    assert calls()[before + 2 :] == ["trl", "tunix", "pit_jax"] * 2, "other settings are another table"
+    assert calls()[before + 2 :] == turns, "other settings are another table"
 
 
 def test_bad_arguments_end_before_anything_runs(folder, tmp_path):

@@ -34,13 +34,14 @@ class Busy(NamedTuple):
 
 
 def busy() -> Busy:
-    """Now."""
+    """Now; children count where they have ended."""
     times, path = os.times(), Path("/proc/stat")
+    own = times.user + times.system + times.children_user + times.children_system
     everyone = float("nan")
     if path.exists():
         ticks = [int(n) for n in path.read_text().partition("\n")[0].split()[1:9]]
         everyone = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")  # without idle and waiting for disks
-    return Busy(time.perf_counter(), times.user + times.system, everyone)
+    return Busy(time.perf_counter(), own, everyone)
 
 
 class Ends:

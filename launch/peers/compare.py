@@ -29,9 +29,10 @@ PEERS = {
     "dpo": ("trl", "trl stored", "trl stored+compile", "tunix"),
     "rm": ("trl", "trl compile", "tunix"),
     "ppo": ("trl", "tunix"),
-    "gen": ("transformers dynamic", "transformers static", "tunix"),
+    "gen": ("transformers dynamic", "transformers static", "transformers static+compile", "tunix"),
 }
-"""Beginning of a work's name -> libraries and variants; the scripts say what they are."""
+"""Beginning of a work's name -> libraries and variants; the scripts say what they are. TRL samples by `generate` of
+transformers."""
 
 LIBRARIES = ("transformers", "trl", "tunix")
 WORKS = (
@@ -42,6 +43,9 @@ MORE = ("ppo_tiny_e1", "gen_tiny_b64")
 
 QUIET = 0.25
 """Cores that something else may take, in the median over calls; above that the table says so."""
+
+APART = 1800
+"""Seconds from the first to the last turn of a round; above that the table says so."""
 
 
 def kind(work: str) -> str:
@@ -78,13 +82,14 @@ class Task:
 
 
 def tasks(works: Iterable[str], rounds: int) -> list[Task]:
-    """In the order in which they run: in each round of a work the others, then ours."""
-    return [
-        Task(work, number, peer)
-        for work in works
-        for number in range(1, rounds + 1)
-        for peer in (*PEERS[kind(work)], OURS)
-    ]
+    """In the order in which they run: of a work the others, then ours; each further round begins one later."""
+    found = []
+    for work in works:
+        peers = (*PEERS[kind(work)], OURS)
+        for number in range(1, rounds + 1):
+            first = (number - 1) % len(peers)
+            found += [Task(work, number, peer) for peer in peers[first:] + peers[:first]]
+    return found
 
 
 def settings_name(huge_pages: bool, avx512: bool) -> str:
@@ -178,9 +183,29 @@ def read(path: Path) -> list[dict]:
     return rows
 
 
-def fitting(rows: Iterable[dict], works: dict[str, dict], settings: str) -> list[dict]:
-    """Those of these settings whose work is still the same."""
-    return [row for row in rows if row["settings"] == settings and works.get(row["work"]) == row["task"]]
+def fitting(
+    rows: Iterable[dict], works: dict[str, dict], settings: str, calls: int, processor: str, commit: str
+) -> list[dict]:
+    """Those that a run would give again.
+
+    Args:
+      rows: of a file.
+      works: as they are now; a row of another one does not count.
+      settings, calls, processor: of the run.
+      commit: of this package (`version`): rows of ours are of the same, with no files that differ from it.
+    """
+
+    def fits(row: dict) -> bool:
+        ours = row["peer"] == OURS
+        return (
+            row["settings"] == settings
+            and works.get(row["work"]) == row["task"]
+            and row.get("processor") == processor
+            and ("error" in row or len(row["seconds"]) == calls)
+            and not (ours and (row.get("commit") != commit or commit.endswith("+")))
+        )
+
+    return [row for row in rows if fits(row)]
 
 
 def left(todo: Iterable[Task], rows: Iterable[dict]) -> list[Task]:
@@ -269,7 +294,21 @@ def table(rows: Sequence[dict], settings: str) -> str:
         for peer, cores in line.others.items()
         if cores > QUIET
     ]
-    return "\n".join([*text, *conditions(rows)])
+    return "\n".join([*text, *far_apart(rows), *conditions(rows)])
+
+
+def far_apart(rows: Sequence[dict]) -> list[str]:
+    """A line for each round of a work whose turns do not lie close together."""
+    found = []
+    for work, number in dict.fromkeys((row["work"], row["round"]) for row in rows):
+        turns = [row for row in rows if (row["work"], row["round"]) == (work, number) and "time" in row]
+        times = [time.mktime(time.strptime(row["time"], "%Y-%m-%dT%H:%M:%S")) for row in turns]
+        if turns and max(times) - min(times) > APART:
+            found.append(
+                f"{work}, round {number}: its turns lie {(max(times) - min(times)) / 3600:.1f} hours apart: numbers of "
+                "different hours compare badly"
+            )
+    return found
 
 
 def conditions(rows: Sequence[dict]) -> list[str]:
@@ -350,11 +389,12 @@ def main() -> None:
     settings = settings_name(not args.stock, bool(args.avx512) and not args.stock)
     described = map(json.loads, Path(args.folder, "works.jsonl").read_text("utf-8").splitlines())
     works = {row["work"]: row for row in described if row["work"] in args.works}
-    rows = fitting(read(args.json) if args.json else [], works, settings)
+    machine = {"processor": processor(), "cores": os.cpu_count(), "system": platform.platform(), "commit": version()}
+    had = read(args.json) if args.json else []
+    rows = fitting(had, works, settings, args.calls, machine["processor"], machine["commit"])
     rest = left(todo, rows)
     if len(rest) < len(todo):
         print(f"{len(todo) - len(rest)} of {len(todo)} are in {args.json} already")
-    machine = {"processor": processor(), "cores": os.cpu_count(), "system": platform.platform(), "commit": version()}
     for task in rest:
         print(f"{task.work} {task.round}/{args.rounds} {task.peer}: ", end="", flush=True)
         started = time.time()

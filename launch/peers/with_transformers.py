@@ -1,5 +1,5 @@
-"""A loop around transformers, as one writes it: steps of SFT (eager, compile) and generate (dynamic, static: a static
-cache and a compiled forward pass)."""
+"""A loop around transformers, as one writes it: steps of SFT (eager, compile) and generate (dynamic; static: a static
+cache; static+compile: also a compiled forward pass)."""
 
 import common
 import numpy as np
@@ -52,12 +52,12 @@ def sft(work: dict, variant: str, calls: int, ends: common.Ends) -> None:
 
 def gen(work: dict, variant: str, calls: int, ends: common.Ends) -> None:
     """Batches of sampling; the config has no EOS, so all rows have all tokens."""
-    model, static = causal_lm(work).eval(), variant == "static"
+    model, static = causal_lm(work).eval(), variant.startswith("static")
     model.generation_config = transformers.GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=work["new"], pad_token_id=common.PAD,
         **({"cache_implementation": "static"} if static else {}),
     )  # fmt: skip
-    if static:
+    if variant.endswith("compile"):
         model.forward = torch.compile(model.forward)
     ends.mark()
     for i in range(calls):
