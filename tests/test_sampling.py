@@ -12,7 +12,7 @@ from pit_jax import sampling, sharding
 from pit_jax.config import ModelConfig, PPOConfig, SamplingConfig
 from pit_jax.data import batches
 from pit_jax.learners.ppo import response_log_probs
-from pit_jax.models import transformer
+from pit_jax.models import attention, transformer
 from pit_jax.models.transformer import Transformer
 from pit_jax.pipelines.common import init_params
 from pit_jax.types import PromptBatch
@@ -35,8 +35,9 @@ def made():
     return {"params": {**params, "unembedding": params["unembedding"] * 4}}
 
 
-@functools.partial(jax.jit, static_argnames=("settings", "eos_id"))
-def _generate(params, prompts, key, settings, eos_id):
+@functools.partial(jax.jit, static_argnames=("settings", "eos_id", "traced_for"))
+def _generate(params, prompts, key, settings, eos_id, traced_for):
+    """`traced_for` is what tests set outside the arguments: with others it is another program."""
     return sampling.generate(params, prompts, key, model=MODEL, config=settings, eos_id=eos_id)
 
 
@@ -44,7 +45,8 @@ def generate(prompts, *, params=None, seed=0, eos_id=EOS, **settings):
     """A rollout on the host; 6 new tokens unless said."""
     settings = SamplingConfig(**{"max_new_tokens": 6, **settings})
     batch = sharding.shard_batch(batches.prompt_rows(prompts, 6))
-    return jax.device_get(_generate(params or made(), batch, jax.random.key(seed), settings, eos_id))
+    traced_for = transformer.SLOTS, attention.platform()
+    return jax.device_get(_generate(params or made(), batch, jax.random.key(seed), settings, eos_id, traced_for))
 
 
 @jax.jit
@@ -287,16 +289,36 @@ def test_a_row_ends_behind_a_stop_sequence():
 
 
 MANY = [[1, 5, 9], [1, 4], [1, 7, 3, 11, 6], [1], [3, 3], [4, 8, 1], [5, 5, 5, 5], [9, 1], [6, 12], [1, 13, 2, 2], [7]]
+MANY += [[2, 9, 4]]
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.0])
-@pytest.mark.parametrize("slots", [1, 3, 8])
-def test_rows_that_take_turns_in_slots_are_the_same_rows(slots, temperature):
-    """Also where a slot's cache still holds what the row before it has left, and the ring has gone round."""
+@pytest.mark.parametrize(("slots", "temperature"), [(1, 1.0), (3, 0.0), (8, 1.0)])
+def test_rows_that_take_turns_in_slots_are_the_same_rows(monkeypatch, slots, temperature):
+    """Also where a slot's cache still holds what the row before it has left, and the ring has gone round.
+
+    Blocks of 4 slots: of 16 in the cache a prompt that is read brings 8 of its own.
+    """
+    monkeypatch.setattr(transformer, "SLOTS", 4)
     whole = generate(MANY, temperature=temperature, max_new_tokens=9)
     lengths = whole.response_mask.sum(1)
     assert lengths.min() < 5 and lengths.max() == 9, "rows end at different times"
     turns = generate(MANY, temperature=temperature, max_new_tokens=9, slots=slots)
+    for name in ("tokens", "segments", "positions", "response_mask"):
+        np.testing.assert_array_equal(getattr(turns, name), getattr(whole, name))
+    np.testing.assert_allclose(turns.log_probs, whole.log_probs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_rows_that_take_turns_on_two_devices_are_the_same_rows(monkeypatch, platform):
+    """With layers apart, as on a CPU, and together; of two prompts at a time each device reads one, for any slot."""
+    monkeypatch.setattr(transformer, "SLOTS", 4)
+    whole = generate(MANY, max_new_tokens=9)
+    lengths = whole.response_mask.sum(1)
+    assert lengths.min() < 5 and lengths.max() == 9, "rows end at different times"
+    monkeypatch.setattr(attention, "platform", lambda: platform)
+    with jax.set_mesh(sharding.make_mesh(2, 1, devices=jax.devices()[:2])):
+        put = lambda x: jax.device_put(np.asarray(x), jax.typeof(x).sharding.spec)  # noqa: E731
+        turns = generate(MANY, params=jax.tree.map(put, made()), max_new_tokens=9, slots=4)
     for name in ("tokens", "segments", "positions", "response_mask"):
         np.testing.assert_array_equal(getattr(turns, name), getattr(whole, name))
     np.testing.assert_allclose(turns.log_probs, whole.log_probs, rtol=1e-4, atol=1e-5)
