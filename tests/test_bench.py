@@ -1,15 +1,20 @@
 """What is measured is what is said: works that are compared do the same, and shares of limits are by hand."""
 
 import dataclasses
+import functools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from commands import run
 
-from pit_jax import config as c, growth, programs, speed, stand_ins, works
+from pit_jax import config as c, growth, programs, sharding, speed, stand_ins, works
 from pit_jax.config import ModelConfig
+from pit_jax.models.transformer import Transformer
+from pit_jax.pipelines import common
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -68,13 +73,76 @@ def test_the_same_prompts_are_answered_in_other_batches():
     assert shapes[1] == [256 + 3] * 3 and shapes[0][0] == 128 + 3 and max(shapes[0]) == 256 + 3
 
 
-def test_an_iteration_of_ppo_and_a_step_of_sft_run():
+def test_an_iteration_of_ppo_runs():
     first, second = called(works.ppo_work(SIZES, 4, 5, 6, 2))
     for values in (first, second):
         assert values["policy/first_ratio_max"] == pytest.approx(1.0, abs=1e-4)
     assert first["length"] == 6
-    losses = [values["loss"] for values in called(works.sft_work(SIZES, 4, 12), 3)]
-    assert losses[0] == pytest.approx(np.log(64), rel=0.2)
+
+
+def test_steps_of_sft_are_those_of_adamw_on_all_tokens_but_the_first(monkeypatch):
+    """Written out. The second batch is one token over and over: where nothing is cut, its gradient outweighs others."""
+    sizes, some = dataclasses.replace(SIZES, num_layers=1), works.random_tokens
+    monkeypatch.setattr(works, "random_tokens", lambda *of: np.full(of[2:], 7, np.int32) if of[1] == 1 else some(*of))
+    found = called(works.sft_work(sizes, 4, 12), 3)
+    assert found[0]["loss"] == pytest.approx(np.log(64), rel=0.2)
+    assert found[1]["grad_norm"] > 2 * found[0]["grad_norm"] > 2
+    module = Transformer(sizes)
+    params = common.init_params(module, jax.random.key(0))
+    matrices = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
+    adamw = optax.adamw(1e-4, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.01, mask=matrices)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), adamw)
+
+    @jax.jit
+    def step(params, state, tokens):
+        def loss(params):
+            ones = jnp.ones_like(tokens)
+            logits = module.apply(params, tokens, ones, jnp.cumsum(ones, 1) - 1, method=Transformer.full_logits)
+            targets = tokens[:, 1:, None] == jnp.arange(64)
+            return -jnp.sum(jnp.where(targets, jax.nn.log_softmax(logits[:, :-1]), 0.0)) / (4 * 11)
+
+        value, gradients = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+        return params, state, (value, optax.tree.norm(gradients), optax.tree.norm(params))
+
+    state = optimizer.init(params)
+    for i, values in enumerate(found):
+        params, state, expected = step(params, state, sharding.shard_batch(works.random_tokens(sizes, i, 4, 12)))
+        np.testing.assert_allclose([values[k] for k in ("loss", "grad_norm", "param_norm")], expected, rtol=1e-6)
+
+
+def test_what_training_costs_by_hand(monkeypatch):
+    """Of rows of 5 tokens, or 3 of a prompt and 2 of each answer; a token sees itself and those before it.
+
+    5 tokens see 15, the 3 of a prompt 6, 2 behind it 4 + 5 = 9, and 2 behind these 6 + 7 = 13. Learning is three times
+    reading.
+    """
+    matrices = 2 * (16 * 4 * 2 * (4 + 2) + 3 * 16 * 24)  # of two layers q, o; k, v; gate, up, down
+
+    def read(tokens, targets, seen):
+        """Two operations for each weight; two for scores and two for values of each of 4 x 4 entries of two layers."""
+        return 2 * (matrices * tokens + 64 * 16 * targets) + 2 * 4 * 4 * 4 * seen
+
+    reward, dpo = (functools.partial(work, SIZES, 7, 3, 2) for work in (works.reward_work, works.dpo_work))
+    monkeypatch.setattr(works, "MIXED_LENGTHS", (2, 3))
+    for work, tokens, flops in (
+        (works.sft_work(SIZES, 7, 5), 5, 3 * read(5, 4, 15)),
+        (reward(gap=True), 4 * 7, 3 * read(3 + 2 * 2 + 4 * 2, 0, 6 + 2 * 9 + 4 * 13)),
+        (reward(gap=True, shared=False), 4 * 7, 3 * 4 * read(7, 0, 28)),
+        (reward(gap=False), 2 * 5, 3 * read(3 + 2 * 2, 0, 6 + 2 * 9)),
+        (reward(gap=False, shared=False), 2 * 5, 3 * 2 * read(5, 0, 15)),
+        (works.reward_work(SIZES, 7, 0, 5, gap=False), 2 * 5, 3 * 2 * read(5, 0, 15)),
+        (works.mixed_reward_work(SIZES, 7, 7, "padded"), 2 * 4, 3 * read(2 + 2 * 2, 0, 3 + 2 * 7)),
+        (dpo(), 2 * 5, 3 * read(3 + 2 * 2, 2 * 2, 6 + 2 * 9)),
+        (dpo(shared=False), 2 * 5, 3 * 2 * read(5, 2, 15)),
+    ):
+        assert work.tokens == 7 * tokens and work.phases == (works.Phase(7 * flops),)
+    ppo = works.ppo_work(SIZES, 7, 3, 2, epochs=4)
+    policy, value = read(5, 2, 15), read(5, 0, 15)
+    # Log-probs of ref_policy, scores and values, and four times both learn.
+    assert ppo.phases[-1] == works.Phase(7 * (policy + 2 * value + 4 * 3 * (policy + value)))
+    assert ppo.tokens == 7 * 5 and ppo.phases[:-1] == works.sampling_phases(SIZES, 7, 3, 2)
 
 
 def test_sampling_costs_by_hand():
