@@ -1,9 +1,12 @@
 """The comparison with other libraries: its table on made-up rows, by hand, and its runs with scripts that measure
 nothing. No test needs torch or Tunix."""
 
+import dataclasses
+import functools
 import importlib.util
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -208,6 +211,22 @@ def test_the_clock():
 def test_tokens_are_those_of_our_works():
     work = works.describe("sft_tiny")
     assert (common.random_tokens(work, 3, 16, 256) == works.random_tokens(works.SIZES["tiny"], 3, 16, 256)).all()
+
+
+def test_ours_writes_the_row_of_a_work(monkeypatch, tmp_path):
+    """The script itself, on a work and a product that take no time."""
+    sizes = dataclasses.replace(works.SIZES["tiny"], num_layers=1, d_model=16, num_heads=1, num_kv_heads=1, mlp_dim=8)
+    monkeypatch.setattr(works, "works", lambda: {"sft_none": functools.partial(works.sft_work, sizes, 8, 6)})
+    monkeypatch.setattr(common, "limit", functools.partial(common.limit, size=16))
+    monkeypatch.setitem(sys.modules, "common", common)
+    told, out = tmp_path / "works.jsonl", tmp_path / "row"
+    told.write_text(json.dumps(works.describe("sft_none")) + "\n")
+    script = str(ROOT / "launch/peers/with_pit_jax.py")
+    monkeypatch.setattr(sys, "argv", [script, f"--works={told}", "--work=sft_none", "--calls=2", f"--out={out}"])
+    runpy.run_path(script, run_name="__main__")
+    found = json.loads(out.read_text())
+    assert len(found["seconds"]) == 2 and found["first_seconds"] > max(found["seconds"]) > 0
+    assert found["limit_flops"] > 0 and {"pit_jax", "jax"} <= found["versions"].keys()
 
 
 def test_works_are_told_as_they_are():
