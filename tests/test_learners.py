@@ -377,6 +377,27 @@ def test_the_first_ratio_of_every_rollout_is_1(four_iterations):
         assert mean(metrics["policy/ratio_max"]) > 1.005, "the later updates of the iteration move away from it"
 
 
+def test_answers_that_take_turns_in_slots_are_the_same_rollout(four_iterations, monkeypatch):
+    """Two at a time, of eight; tied embeddings repeat the last token of a prompt, so that some of them end at once."""
+    slots, generate = [], ppo.sampling.generate
+
+    def recorded(*arguments, config, **more):
+        slots.append(config.slots)
+        return generate(*arguments, config=config, **more)
+
+    monkeypatch.setattr(ppo.sampling, "generate", recorded)
+    collect, _, state = make(dataclasses.replace(LAWS, rollout_slots=2))
+    prompts = [[1, 5], [1, EOS], [1, 4, 7], [1, 6], [1, EOS], [1, 9], [1, 8, 3], [1, EOS]]
+    batch = sharding.shard_batch(ppo.RLBatch(batches.prompt_rows(prompts, 6)))
+    expected, turns = (
+        jax.device_get(sample(state, batch, jax.random.key(3))) for sample in (four_iterations[2][0], collect.args[0])
+    )
+    assert slots == [2] and len(set(expected.response_mask.sum(1))) > 1, "answers end at different times"
+    for name in ("tokens", "segments", "positions", "response_mask"):
+        np.testing.assert_array_equal(getattr(turns, name), getattr(expected, name))
+    assert_close(turns.log_probs, expected.log_probs)
+
+
 def test_kl_is_0_where_the_policy_starts_from_the_reference(four_iterations):
     first, second = (metrics["kl"] for _, _, _, metrics, _ in four_iterations[3][:2])
     np.testing.assert_allclose(mean(first), 0.0, atol=1e-5)
