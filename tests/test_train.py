@@ -248,6 +248,22 @@ def test_who_stops_a_run_is_told_how_it_goes_on(tmp_path, flags, words):
     assert result.returncode == 130 and f"the same {words}" in result.stderr and "Traceback" not in result.stderr
 
 
+def test_a_moved_workdir_keeps_its_programs(tmp_path):
+    program = (
+        "import pathlib, sys, jax",
+        "from pit_jax import cli",
+        "cli.keep_programs(pathlib.Path(sys.argv[1]))",
+        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)",
+        "jax.jit(lambda x: 2 * x + 1)(3.0)",
+    )
+    names = set()
+    for folder in ("one", "two"):
+        result = run("-c", "\n".join(program), tmp_path / folder)
+        assert result.returncode == 0, result.stderr
+        names.add(frozenset(path.name for path in (tmp_path / folder / "compilation_cache").glob("*-cache")))
+    assert len(names) == 1 and names != {frozenset()}
+
+
 def test_another_config_is_refused(finished, cache):
     result = train(finished[0], "--config.ppo.kl_coef=0.5", cache=cache)
     assert result.returncode == 2
