@@ -27,8 +27,8 @@ def keep_programs(workdir: Path) -> None:
     folder = workdir if files.is_remote(workdir) else workdir.absolute()
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(folder / "compilation_cache")
     jax.config.update("jax_compilation_cache_dir", cache)
-    # It keeps the choices of GPU compilers apart, in a folder whose path would be part of every program's name: whoever
-    # moved a workdir would compile all again.
+    # By default JAX keeps the choices of GPU compilers apart too, in a folder whose path is part of every program's
+    # name: whoever moved a workdir would compile all again. What is compiled has these choices in it.
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     # A bucket takes longer to give a small program than the compiler to make it.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5 if files.is_remote(workdir) else 0.05)

@@ -292,7 +292,8 @@ MANY = [[1, 5, 9], [1, 4], [1, 7, 3, 11, 6], [1], [3, 3], [4, 8, 1], [5, 5, 5, 5
 MANY += [[2, 9, 4]]
 
 
-@pytest.mark.parametrize(("slots", "temperature"), [(1, 1.0), (3, 0.0), (8, 1.0)])
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+@pytest.mark.parametrize("slots", [1, 3, 8])
 def test_rows_that_take_turns_in_slots_are_the_same_rows(monkeypatch, slots, temperature):
     """Also where a slot's cache still holds what the row before it has left, and the ring has gone round.
 
@@ -321,7 +322,8 @@ def test_rows_that_take_turns_on_two_devices_are_the_same_rows(monkeypatch, plat
         turns = generate(MANY, params=jax.tree.map(put, made()), max_new_tokens=9, slots=4)
     for name in ("tokens", "segments", "positions", "response_mask"):
         np.testing.assert_array_equal(getattr(turns, name), getattr(whole, name))
-    np.testing.assert_allclose(turns.log_probs, whole.log_probs, rtol=1e-4, atol=1e-5)
+    # float32, whose sums are made in another order
+    np.testing.assert_allclose(turns.log_probs, whole.log_probs, rtol=1e-5, atol=1e-5)
 
 
 def test_keys_lie_in_several_blocks(monkeypatch):

@@ -347,7 +347,7 @@ def test_hh_rlhf_smoke_runs_all_stages(tmp_path, cache):
     assert result.returncode == 0, result.stderr[-3000:]
     results = json.loads((tmp_path / "w" / "results.json").read_text())
     assert set(results["comparisons"]["pit_vs_original"]) == {"evaluator"}
-    flags = "--tables=stop_rules,iterations", "--iterations=2"
+    flags = "--tables=all", "--iterations=2", "--temperatures=0.5,1", "--shuffles=3"
     result = run("-m", "pit_jax.evaluate", f"--workdir={tmp_path / 'w'}", *flags, cache=cache)
     assert result.returncode == 0, result.stderr[-3000:]
     results = json.loads((tmp_path / "w" / "results.json").read_text())
