@@ -25,7 +25,6 @@ collectives, seconds, mfu, ...}]} and what the other flags found; while the plan
 is known so far, with "finished": false.
 """
 
-import functools
 import os
 import threading
 
@@ -62,7 +61,11 @@ def main(argv: list[str]) -> None:
         remedies = _REMEDIES.value if flags.FLAGS["remedies"].present else None
         planner.check_asked(_SMALLEST.value, _SEARCH.value, _MICRO_BATCH.value, remedies, _JSON.value)
         config = config_lib.from_config_dict(config_lib.class_of(_CONFIG.value), _CONFIG.value)
-        say, lock, kept = functools.partial(print, flush=True), threading.Lock(), threading.Event()
+        lock, kept = threading.Lock(), threading.Event()
+
+        def say(line: str) -> None:
+            with lock:
+                print(line, flush=True)
 
         def keep(found: dict, finished: bool = False) -> None:
             if _JSON.value:
@@ -71,9 +74,9 @@ def main(argv: list[str]) -> None:
                     kept.set()
 
         def last(name: str) -> str:
-            with lock:  # nothing is half-written
-                where = f"; what is known so far is in {_JSON.value}" if kept.is_set() else ""
-                return f"{name}: the plan is not finished{where}"
+            lock.acquire()  # for good: nothing is half-written, and nothing comes behind
+            where = f"; what is known so far is in {_JSON.value}" if kept.is_set() else ""
+            return f"{name}: the plan is not finished{where}"
 
         kind = slices.kind_of(_TOPOLOGY.value) if _SMALLEST.value else ""
         slices.place_of(slices.of_kind(kind)[0] if kind else _TOPOLOGY.value)  # loads libtpu
