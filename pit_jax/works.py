@@ -154,7 +154,8 @@ def reward_work(sizes: ModelConfig, rows: int, prompt: int, answer: int, *, gap:
         grads, values = train_state.gradients(summed, state.params, batch)
         return train_state.apply_gradients(state, grads, values, made)
 
-    step = reward_model.make_train_step(module, made, loss=loss) if shared else jax.jit(of_rows, donate_argnums=0)
+    jit_step = train_state.jit_step
+    step = reward_model.make_train_step(module, made, loss=loss) if shared else jit_step(of_rows, donate_argnums=0)
 
     def batch_at(i: int) -> ScoreBatch:
         ids = random_tokens(sizes, i, rows, prompt + 2 * answer)
@@ -260,7 +261,7 @@ def dpo_work(sizes: ModelConfig, rows: int, prompt: int, answer: int, *, shared:
         flops = tree_flops(sizes, rows, prompt, answer, depth=1)
         flops += rows * 2 * answer * 2.0 * num_matrix_parameters(sizes)[1]
     else:
-        step, batch_at = jax.jit(of_rows, donate_argnums=0), rows_at
+        step, batch_at = train_state.jit_step(of_rows, donate_argnums=0), rows_at
         flops = forward_flops(sizes, 2 * rows, length, answer)
     return Work(2 * rows * length, "tokens of rows", (Phase(3 * flops),), _training(module, step, batch_at))
 

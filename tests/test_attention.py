@@ -193,7 +193,7 @@ def test_no_square_of_scores_is_kept_for_the_gradient():
 
     for remat in ("none", "full"):
         model = ScalarModel(dataclasses.replace(LONG, num_layers=10, attention_block=128, remat=remat))
-        assert temporary(model, 4096) < 2.2 * temporary(model, 2048), remat
+        assert temporary(model, 8192) < 2.2 * temporary(model, 4096), remat
 
 
 # ------------------------------------------------------------------------------------------------------ which is taken

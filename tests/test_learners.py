@@ -521,3 +521,23 @@ def test_a_response_that_cannot_end_pays_the_penalty():
     collect, _, state = make(LAWS, eos_id=V + 1)
     _, raw, _, metrics = collect(state, initial(POLICY), initial(SCORER, 9), prompts_of(0), jax.random.key(0))
     np.testing.assert_allclose(metrics["reward"][0], np.sum(raw) - 8 * 0.625, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of the compiler for CPUs")
+def test_products_of_long_rows_go_to_eigen():
+    """What XLA gives to YNNPACK by default: no product of a step, but those of sampling."""
+    x = jnp.ones((256, 256))
+    by_default = jax.jit(jnp.matmul).lower(x, x).compile().as_text()
+    of_a_step = train_state.jit_step(jnp.matmul).lower(x, x).compile().as_text()
+    assert "ynn_fusion" in by_default and "ynn_fusion" not in of_a_step
+    assert " dot(" in of_a_step
+
+
+def test_an_option_that_a_compiler_does_not_know_is_left_out(monkeypatch):
+    monkeypatch.setattr(train_state, "EIGEN", {"xla_no_such_option": ""})
+    train_state.by_eigen.cache_clear()
+    try:
+        assert train_state.by_eigen() == {}
+        assert train_state.jit_step(lambda x: x + 1)(1) == 2
+    finally:
+        train_state.by_eigen.cache_clear()

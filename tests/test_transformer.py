@@ -16,7 +16,7 @@ from pit_jax import config as config_lib, sampling, sharding
 from pit_jax.config import ModelConfig
 from pit_jax.data import batches
 from pit_jax.learners import sft
-from pit_jax.models import attention
+from pit_jax.models import attention, transformer
 from pit_jax.models.transformer import ScalarModel, Transformer, init_cache, rotary
 from pit_jax.pipelines.common import init_params, shapes
 from pit_jax.types import PromptBatch
@@ -297,6 +297,30 @@ def test_rotary_by_hand_and_relative():
     dot = lambda i, j: float(jnp.sum(rotary(q[None], jnp.array([[i]]), 1e4) * rotary(k[None], jnp.array([[j]]), 1e4)))  # noqa: E731
     np.testing.assert_allclose(dot(5, 2), dot(105, 102), rtol=1e-4)
     assert abs(dot(5, 2) - dot(5, 3)) > 1e-3
+
+
+def test_rotary_is_the_same_on_other_devices(monkeypatch):
+    """The form for CPUs, whose halves are an axis, and the one that concatenates them; gradients too."""
+    x, weights = jax.random.normal(jax.random.key(0), (2, 2, 5, 3, 2, 8))
+    positions = jnp.array([[0, 1, 2, 3, 4], [3, 4, 0, 1, 2]])
+    total = lambda x: jnp.sum(weights * rotary(x, positions, 1e4))  # noqa: E731
+    here = rotary(x, positions, 1e4), jax.grad(total)(x)
+    monkeypatch.setattr(transformer, "platform", lambda: "tpu")
+    there = rotary(x, positions, 1e4), jax.grad(total)(x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), here, there)
+
+
+def test_norm_is_the_same_on_other_devices(monkeypatch):
+    """The gradient of the scale is a product on a CPU, and elsewhere a sum of rows."""
+    norm = transformer.RMSNorm(1e-6, jnp.float32)
+    x, weights = jax.random.normal(jax.random.key(0), (2, 2, 5, 3, 8))
+    params = {"params": {"scale": jnp.arange(1.0, 9.0)}}
+    grads = lambda: jax.grad(lambda *of: jnp.sum(weights * norm.apply(*of)), argnums=(0, 1))(params, x)  # noqa: E731
+    here = grads()
+    rows = x / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(here[0]["params"]["scale"], np.sum(weights * rows, axis=(0, 1, 2)), rtol=1e-5)
+    monkeypatch.setattr(transformer, "platform", lambda: "tpu")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), here, grads())
 
 
 def test_only_relative_positions_matter():

@@ -14,7 +14,7 @@ from pit_jax.data.pairs import Pair, PairBatch
 from pit_jax.losses import preference
 from pit_jax.losses.log_probs import token_log_probs
 from pit_jax.models.transformer import Transformer
-from pit_jax.train_state import TrainState, apply_gradients, gradients
+from pit_jax.train_state import TrainState, apply_gradients, gradients, jit_step
 from pit_jax.types import Array, Metrics, Params
 
 
@@ -47,7 +47,7 @@ def pair_log_probs(model: Transformer, params: Params, batch: PairBatch, *, chun
 @functools.cache
 def jitted_log_probs(model: Transformer, chunk_size: int):
     """(parameters, pairs) -> log-probs [B, 2], compiled."""
-    return jax.jit(lambda params, batch: pair_log_probs(model, params, batch, chunk_size=chunk_size)[0])
+    return jit_step(lambda params, batch: pair_log_probs(model, params, batch, chunk_size=chunk_size)[0])
 
 
 def reference_log_probs(
@@ -130,4 +130,4 @@ def make_train_step(
         grads, metrics = gradients(loss, state.params, batch, accumulation)
         return apply_gradients(state, grads, metrics, optimizer)
 
-    return jax.jit(train_step, donate_argnums=0)
+    return jit_step(train_step, donate_argnums=0)

@@ -22,7 +22,7 @@ from pit_jax.losses import advantages as adv, policy_gradient
 from pit_jax.losses.log_probs import token_log_probs
 from pit_jax.losses.masked import masked_whiten
 from pit_jax.models.transformer import ScalarModel, Transformer
-from pit_jax.train_state import TrainState, apply_gradients, gradients
+from pit_jax.train_state import TrainState, apply_gradients, gradients, jit_step
 from pit_jax.types import Array, Params, PromptBatch, Rollout
 
 
@@ -289,4 +289,4 @@ def make_ppo(
             kl_coef = adv.adaptive_kl_update(kl_coef, mean_kl, B, target=config.kl_target, horizon=config.kl_horizon)
         return PPOState(state.step + 1, policy, value, kl_coef, statistics), metrics
 
-    return jax.jit(sample), jax.jit(judge), jax.jit(update, donate_argnums=0)
+    return jax.jit(sample), jit_step(judge), jit_step(update, donate_argnums=0)

@@ -2,13 +2,12 @@
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from pit_jax.losses import preference
 from pit_jax.models.transformer import ScalarModel
-from pit_jax.train_state import TrainState, apply_gradients, gradients
+from pit_jax.train_state import TrainState, apply_gradients, gradients, jit_step
 from pit_jax.types import Array, Metrics, Params, ScoreBatch
 
 
@@ -58,4 +57,4 @@ def make_train_step(
         grads, metrics = gradients(summed, state.params, batch, accumulation)
         return apply_gradients(state, grads, metrics, optimizer)
 
-    return jax.jit(train_step, donate_argnums=0)
+    return jit_step(train_step, donate_argnums=0)

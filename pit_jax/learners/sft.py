@@ -11,7 +11,7 @@ import optax
 from pit_jax.losses import likelihood
 from pit_jax.losses.log_probs import token_log_probs
 from pit_jax.models.transformer import Transformer
-from pit_jax.train_state import TrainState, apply_gradients, gradients
+from pit_jax.train_state import TrainState, apply_gradients, gradients, jit_step
 from pit_jax.types import Array, Metrics, Params, TokenBatch
 
 
@@ -101,4 +101,4 @@ def make_train_step(
         grads, metrics = gradients(loss, state.params, batch, accumulation)
         return apply_gradients(state, grads, metrics, optimizer)
 
-    return jax.jit(train_step, donate_argnums=0)
+    return jit_step(train_step, donate_argnums=0)

@@ -120,8 +120,14 @@ def _turns(positions: Array, frequency: Array) -> tuple[Array, Array]:
 
 def _turned(x: Array, cos: Array, sin: Array) -> Array:
     """x [B, T, ..., H] by cos and sin [B, T, H / 2]."""
-    half = x.shape[-1] // 2
-    shape = cos.shape[:2] + (1,) * (x.ndim - 3) + (half,)
+    half, between = x.shape[-1] // 2, (1,) * (x.ndim - 3)
+    if platform() == "cpu":
+        # What a concatenation is fused with is computed entry by entry there, as each could be of either half.
+        shape = *cos.shape[:2], *between, 2, half
+        cos, sin = jnp.stack([cos, cos], -2).reshape(shape), jnp.stack([-sin, sin], -2).reshape(shape)
+        halves = x.reshape(*x.shape[:-1], 2, half)
+        return (halves * cos.astype(x.dtype) + jnp.flip(halves, -2) * sin.astype(x.dtype)).reshape(x.shape)
+    shape = *cos.shape[:2], *between, half
     cos, sin = cos.reshape(shape).astype(x.dtype), sin.reshape(shape).astype(x.dtype)
     x1, x2 = x[..., :half], x[..., half:]
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)
@@ -192,6 +198,26 @@ def times_rows(x: Array, weight: Array, spec: jax.P) -> Array:
     return jnp.reshape(out, (B, T, *shape), out_sharding=spec)
 
 
+@jax.custom_vjp
+def _scaled(x: Array, scale: Array) -> Array:
+    """x [..., D] times scale [D]. The gradient of the scale is a product, as a CPU is slow at sums of rows."""
+    return x * scale
+
+
+def _scaled_forward(x: Array, scale: Array):
+    return x * scale, (x, scale)
+
+
+def _scaled_backward(kept, d: Array):
+    x, scale = kept
+    rows = tuple(range(x.ndim - 1))
+    spec = jax.typeof(scale).sharding.spec
+    return d * scale, jax.lax.dot_general(jnp.ones_like(x[..., 0]), d * x, ((rows, rows), ((), ())), out_sharding=spec)
+
+
+_scaled.defvjp(_scaled_forward, _scaled_backward)
+
+
 class RMSNorm(nn.Module):
     """Root mean square normalisation (Zhang and Sennrich 2019), in float32, times `offset` + scale."""
 
@@ -205,7 +231,7 @@ class RMSNorm(nn.Module):
         scale = scale + self.offset if self.offset else scale
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-        return (x * scale).astype(self.dtype)
+        return (_scaled(x, scale) if platform() == "cpu" else x * scale).astype(self.dtype)
 
 
 def _kind(config: ModelConfig, layer: Array | int) -> tuple[Array | None, Array]:
@@ -352,8 +378,9 @@ class Block(nn.Module):
                 gate = self._project("gate", y, self._weight("gate", (D, F), ("embed", "mlp"), D), wide)
                 up = self._project("up", y, self._weight("up", (D, F), ("embed", "mlp"), D), wide)
                 down = self._weight("down", (F, D), ("mlp", "embed"), F, out_scale)
-            gate = nn.silu(gate) if c.activation == "silu" else nn.gelu(gate, approximate=True)
-            y = gate * up
+            # The gradient makes the activation again: it is soon made, and kept it would be as large as all of this.
+            activation = nn.silu if c.activation == "silu" else functools.partial(nn.gelu, approximate=True)
+            y = jax.checkpoint(lambda gate, up: activation(gate) * up)(gate, up)
             y = self._rows("down", y, ("embed", "mlp"), narrow) if in_rows else self._project("down", y, down, narrow)
             x = x + (self._norm("mlp_post_norm")(y) if c.post_norms else y)
         return (x, cache, layer + 1), None

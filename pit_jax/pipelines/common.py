@@ -619,7 +619,7 @@ def policy_groups(encoder: encode.Encoder, rows: Sequence[PreferenceExample]) ->
 
 @functools.cache
 def _jitted_scores(model: ScalarModel):
-    return jax.jit(functools.partial(reward_model.group_scores, model))
+    return train_state.jit_step(functools.partial(reward_model.group_scores, model))
 
 
 def score_groups(
