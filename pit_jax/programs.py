@@ -124,6 +124,15 @@ def prompt_flops(config: ModelConfig, rows: int, length: int) -> float:
     return forward_flops(config, rows, length, 1) - rows * (2.0 * rest * (length - 1) + attention)
 
 
+def unread_flops(config: ModelConfig, tokens: int) -> float:
+    """Operations of the last layer behind its attention for so many tokens, of which only keys and values are read.
+
+    `forward_flops` counts them, as is usual; layers that are a loop do them (`Transformer.__call__`, `read`).
+    """
+    c = config
+    return 2.0 * c.d_model * (c.num_heads * c.head_dim + 3 * c.mlp_dim) * tokens
+
+
 def on_mesh(tree, mesh: jax.sharding.Mesh):
     """Arrays without values, on `mesh` in the layout that their types name."""
 

@@ -22,7 +22,7 @@ from pit_jax.learners import dpo, ppo, reward_model, sft
 from pit_jax.losses import preference
 from pit_jax.models.transformer import ScalarModel, Transformer
 from pit_jax.pipelines import common
-from pit_jax.programs import forward_flops, num_matrix_parameters, prompt_flops, tree_flops
+from pit_jax.programs import forward_flops, num_matrix_parameters, prompt_flops, tree_flops, unread_flops
 from pit_jax.types import Array, PromptBatch, ScoreBatch, TokenBatch
 
 SIZES = {
@@ -166,9 +166,11 @@ def reward_work(sizes: ModelConfig, rows: int, prompt: int, answer: int, *, gap:
         found = batches.score_rows(groups)
         return found if shared else _as_rows(found)
 
-    flops = tree_flops(sizes, rows, prompt, answer, 2 if gap else 1) if shared else forward_flops(
-        sizes, rows * C, length, 0
-    )  # fmt: skip
+    if shared:
+        flops, tokens = tree_flops(sizes, rows, prompt, answer, 2 if gap else 1), prompt + (6 if gap else 2) * answer
+    else:
+        flops, tokens = forward_flops(sizes, rows * C, length, 0), C * length
+    flops -= unread_flops(sizes, rows * (tokens - C))
     return Work(rows * C * length, "tokens of rows", (Phase(3 * flops),), _training(module, step, batch_at))
 
 
@@ -216,7 +218,7 @@ def mixed_reward_work(sizes: ModelConfig, rows: int, batch_size: int, layout: st
     flops = sum(
         forward_flops(sizes, 1, x, 0) + sum(forward_flops(sizes, 1, y, 0, start=x) for y in answers)
         for x, *answers in lengths.tolist()
-    )
+    ) - unread_flops(sizes, int(np.sum(lengths)) - 2 * rows)
     tokens = int(np.sum(2 * lengths[:, 0] + lengths[:, 1] + lengths[:, 2]))
     return Work(tokens, "tokens of rows", (Phase(3 * flops),), start)
 
@@ -260,9 +262,10 @@ def dpo_work(sizes: ModelConfig, rows: int, prompt: int, answer: int, *, shared:
         step, batch_at = dpo.make_train_step(module, made, beta=0.1), pairs_at
         flops = tree_flops(sizes, rows, prompt, answer, depth=1)
         flops += rows * 2 * answer * 2.0 * num_matrix_parameters(sizes)[1]
+        flops -= unread_flops(sizes, rows * prompt)
     else:
         step, batch_at = train_state.jit_step(of_rows, donate_argnums=0), rows_at
-        flops = forward_flops(sizes, 2 * rows, length, answer)
+        flops = forward_flops(sizes, 2 * rows, length, answer) - unread_flops(sizes, 2 * rows * prompt)
     return Work(2 * rows * length, "tokens of rows", (Phase(3 * flops),), _training(module, step, batch_at))
 
 
@@ -374,9 +377,9 @@ def ppo_work(sizes: ModelConfig, rows: int, prompt: int, new: int, epochs: int, 
     """A whole iteration: sampling, log-probs of ref_policy, scores, values, and the updates; all models are `sizes`."""
     settings = PPOConfig(rollout_size=rows, num_epochs=epochs, num_minibatches=minibatches)
     module, scorer, made = Transformer(sizes), ScalarModel(sizes), optimizer()
-    score = lambda params, rollout, _: ppo.rollout_scores(scorer, params, rollout)  # noqa: E731
+    scored = lambda params, rollout, _: ppo.rollout_scores(scorer, params, rollout)  # noqa: E731
     sample, judge, update = ppo.make_ppo(
-        module, Transformer(sizes, sharding.DECODE_RULES), scorer, score, made, made, settings,
+        module, Transformer(sizes, sharding.DECODE_RULES), scorer, scored, made, made, settings,
         max_new_tokens=new, eos_id=NEVER,
     )  # fmt: skip
     lengths = np.full(rows, prompt, np.int32)
@@ -406,8 +409,9 @@ def ppo_work(sizes: ModelConfig, rows: int, prompt: int, new: int, epochs: int, 
         return call
 
     length = prompt + new
-    read, value = forward_flops(sizes, rows, length, new), forward_flops(sizes, rows, length, 0)
-    phases = (*sampling_phases(sizes, rows, prompt, new), Phase(read + 2 * value + epochs * 3 * (read + value)))
+    read, value = (forward_flops(sizes, rows, length, n) - unread_flops(sizes, rows * prompt) for n in (new, 0))
+    score = forward_flops(sizes, rows, length, 0) - unread_flops(sizes, rows * (length - 1))
+    phases = (*sampling_phases(sizes, rows, prompt, new), Phase(read + value + score + epochs * 3 * (read + value)))
     return Work(rows * length, "tokens of rollouts", phases, start)
 
 

@@ -117,32 +117,33 @@ def test_what_training_costs_by_hand(monkeypatch):
     """Of rows of 5 tokens, or 3 of a prompt and 2 of each answer; a token sees itself and those before it.
 
     5 tokens see 15, the 3 of a prompt 6, 2 behind it 4 + 5 = 9, and 2 behind these 6 + 7 = 13. Learning is three times
-    reading.
+    reading. The last layer makes keys, values and mixtures of them of all, and the rest of what is scored alone.
     """
     matrices = 2 * (16 * 4 * 2 * (4 + 2) + 3 * 16 * 24)  # of two layers q, o; k, v; gate, up, down
 
-    def read(tokens, targets, seen):
+    def read(tokens, targets, seen, unread=0):
         """Two operations for each weight; two for scores and two for values of each of 4 x 4 entries of two layers."""
-        return 2 * (matrices * tokens + 64 * 16 * targets) + 2 * 4 * 4 * 4 * seen
+        rest = 16 * 4 * 4 + 3 * 16 * 24  # o; gate, up, down
+        return 2 * (matrices * tokens - rest * unread + 64 * 16 * targets) + 2 * 4 * 4 * 4 * seen
 
     reward, dpo = (functools.partial(work, SIZES, 7, 3, 2) for work in (works.reward_work, works.dpo_work))
     monkeypatch.setattr(works, "MIXED_LENGTHS", (2, 3))
     for work, tokens, flops in (
         (works.sft_work(SIZES, 7, 5), 5, 3 * read(5, 4, 15)),
-        (reward(gap=True), 4 * 7, 3 * read(3 + 2 * 2 + 4 * 2, 0, 6 + 2 * 9 + 4 * 13)),
-        (reward(gap=True, shared=False), 4 * 7, 3 * 4 * read(7, 0, 28)),
-        (reward(gap=False), 2 * 5, 3 * read(3 + 2 * 2, 0, 6 + 2 * 9)),
-        (reward(gap=False, shared=False), 2 * 5, 3 * 2 * read(5, 0, 15)),
-        (works.reward_work(SIZES, 7, 0, 5, gap=False), 2 * 5, 3 * 2 * read(5, 0, 15)),
-        (works.mixed_reward_work(SIZES, 7, 7, "padded"), 2 * 4, 3 * read(2 + 2 * 2, 0, 3 + 2 * 7)),
-        (dpo(), 2 * 5, 3 * read(3 + 2 * 2, 2 * 2, 6 + 2 * 9)),
-        (dpo(shared=False), 2 * 5, 3 * 2 * read(5, 2, 15)),
+        (reward(gap=True), 4 * 7, 3 * read(3 + 2 * 2 + 4 * 2, 0, 6 + 2 * 9 + 4 * 13, 11)),
+        (reward(gap=True, shared=False), 4 * 7, 3 * 4 * read(7, 0, 28, 6)),
+        (reward(gap=False), 2 * 5, 3 * read(3 + 2 * 2, 0, 6 + 2 * 9, 5)),
+        (reward(gap=False, shared=False), 2 * 5, 3 * 2 * read(5, 0, 15, 4)),
+        (works.reward_work(SIZES, 7, 0, 5, gap=False), 2 * 5, 3 * 2 * read(5, 0, 15, 4)),
+        (works.mixed_reward_work(SIZES, 7, 7, "padded"), 2 * 4, 3 * read(2 + 2 * 2, 0, 3 + 2 * 7, 4)),
+        (dpo(), 2 * 5, 3 * read(3 + 2 * 2, 2 * 2, 6 + 2 * 9, 3)),
+        (dpo(shared=False), 2 * 5, 3 * 2 * read(5, 2, 15, 3)),
     ):
         assert work.tokens == 7 * tokens and work.phases == (works.Phase(7 * flops),)
     ppo = works.ppo_work(SIZES, 7, 3, 2, epochs=4)
-    policy, value = read(5, 2, 15), read(5, 0, 15)
+    policy, value, score = read(5, 2, 15, 3), read(5, 0, 15, 3), read(5, 0, 15, 4)
     # Log-probs of ref_policy, scores and values, and four times both learn.
-    assert ppo.phases[-1] == works.Phase(7 * (policy + 2 * value + 4 * 3 * (policy + value)))
+    assert ppo.phases[-1] == works.Phase(7 * (policy + score + value + 4 * 3 * (policy + value)))
     assert ppo.tokens == 7 * 5 and ppo.phases[:-1] == works.sampling_phases(SIZES, 7, 3, 2)
 
 

@@ -184,11 +184,9 @@ def test_the_name_of_a_loss_chooses_it():
     np.testing.assert_allclose(loss, [-log_s(1.5)], rtol=1e-6)  # R_P
 
 
-def test_last_token_by_hand():
-    values = np.arange(12, dtype=np.float32).reshape(3, 4)
+def test_last_slots_by_hand():
     segments = np.array([[0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 1]], np.int32)
-    positions = np.array([[0, 0, 1, 2], [0, 1, 2, 3], [0, 0, 0, 0]], np.int32)
-    np.testing.assert_array_equal(ppo.last_token(values, segments, positions), [2, 7, 11])
+    np.testing.assert_array_equal(ppo.last_slots(segments), [[2], [3], [3]])
 
 
 def test_rows_that_share_tokens_score_as_each_on_its_own():

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pit_jax import config as config_lib, sampling, sharding
+from pit_jax import config as config_lib, cost, programs, sampling, sharding
 from pit_jax.config import ModelConfig
 from pit_jax.data import batches
 from pit_jax.learners import sft
@@ -284,6 +284,31 @@ def test_target_positions_alone_give_the_same_loss():
         assert weight == 12
         np.testing.assert_allclose(total, expected, rtol=1e-5)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), grads, expected_grads)
+
+
+@pytest.mark.parametrize("config", [TINY, dataclasses.replace(TINY, remat="full")], ids=["apart", "loop"])
+@pytest.mark.parametrize("read", [slice(-4, -1), np.array([[0, 3, 3], [5, 1, 0]], np.int32)], ids=["slice", "slots"])
+def test_what_is_read_equals_that_part_of_all(config, read):
+    """Hidden states and gradients, of layers one by one and of a loop; only the first leaves out what nobody reads."""
+    model, params = made(config)
+    tokens = np.array([[3, 4, 5, 6, 7, 8], [9, 10, 11, 12, 13, 14]], np.int32)
+    rows = put(tokens, np.ones_like(tokens), np.broadcast_to(np.arange(6, dtype=np.int32), tokens.shape))
+    read = read if isinstance(read, slice) else put(read)[0]
+    weights = jax.random.normal(jax.random.key(1), (2, 3, config.d_model))
+
+    def part(params):
+        return model.apply(params, *rows, read=read)[0]
+
+    def of_all(params):
+        return transformer.picked(model.apply(params, *rows)[0], read)
+
+    np.testing.assert_allclose(part(params), of_all(params), rtol=1e-5, atol=1e-5)
+    found, expected = (jax.grad(lambda p: jnp.sum(weights * f(p)))(params) for f in (part, of_all))  # noqa: B023
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
+
+    count = lambda f: cost.matmul_flops(jax.make_jaxpr(f)(params))  # noqa: E731
+    unread = programs.unread_flops(config, 2 * (6 - 3)) if config.remat == "none" else 0
+    assert count(of_all) - count(part) == unread
 
 
 def test_rotary_by_hand_and_relative():

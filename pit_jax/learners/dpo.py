@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Callable, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -30,8 +29,7 @@ def pair_log_probs(model: Transformer, params: Params, batch: PairBatch, *, chun
       (sums over answer tokens [B, 2] float32, numbers of answer tokens [B, 2] int32).
     """
     segments = (batch.members > 0).astype(jnp.int32)
-    hidden, _ = model.apply(params, batch.tokens, segments, batch.positions, members=batch.members)
-    hidden = jax.vmap(lambda row, at: row[at])(hidden, batch.sources)
+    hidden, _ = model.apply(params, batch.tokens, segments, batch.positions, members=batch.members, read=batch.sources)
     log_probs, _ = token_log_probs(
         lambda h: model.apply(params, h, method=Transformer.logits),
         hidden,

@@ -96,10 +96,10 @@ def response_log_probs(
 ) -> tuple[Array, Array]:
     """(log-probs, entropy), both [B, R], of the sampled tokens under `params`, by the forward pass of sampling."""
     R = rollout.response_mask.shape[1]
-    hidden, _ = model.apply(params, rollout.tokens, rollout.segments, rollout.positions)
+    hidden, _ = model.apply(params, rollout.tokens, rollout.segments, rollout.positions, read=slice(-R - 1, -1))
     return token_log_probs(
         lambda h: model.apply(params, h, method=Transformer.logits),
-        hidden[:, -R - 1 : -1],
+        hidden,
         rollout.tokens[:, -R:],
         temperature=temperature,
         chunk_size=chunk_size or None,
@@ -109,20 +109,19 @@ def response_log_probs(
 def response_values(model: ScalarModel, params: Params, rollout: Rollout) -> Array:
     """Values [B, R] of the states in which the response tokens were chosen."""
     R = rollout.response_mask.shape[1]
-    return model.apply(params, rollout.tokens, rollout.segments, rollout.positions)[:, -R - 1 : -1]
+    return model.apply(params, rollout.tokens, rollout.segments, rollout.positions, read=slice(-R - 1, -1))
 
 
-def last_token(values: Array, segments: Array, positions: Array) -> Array:
-    """values [B, T] at the last real token of each row -> [B]; rows may be padded on either side."""
-    length = jnp.sum((segments > 0).astype(jnp.int32), axis=1, keepdims=True)
-    last = (segments > 0) & (positions == length - 1)
-    return jnp.sum(jnp.where(last, values, 0.0), axis=1)
+def last_slots(segments: Array) -> Array:
+    """The slot of the last real token of each row, [B, 1]; rows may be padded on either side."""
+    slots = jnp.arange(segments.shape[1], dtype=jnp.int32)
+    return jnp.max(jnp.where(segments > 0, slots, 0), axis=1, keepdims=True)
 
 
 def rollout_scores(model: ScalarModel, params: Params, rollout: Rollout) -> Array:
     """Scores [B] of a reward model at the last real token of prompt + response."""
-    values = model.apply(params, rollout.tokens, rollout.segments, rollout.positions)
-    return last_token(values, rollout.segments, rollout.positions)
+    read = last_slots(rollout.segments)
+    return model.apply(params, rollout.tokens, rollout.segments, rollout.positions, read=read)[:, 0]
 
 
 def difference_scores(model: ScalarModel, params: Params, rollout: Rollout, batch: RLBatch) -> Array:

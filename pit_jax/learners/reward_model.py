@@ -16,10 +16,10 @@ def group_scores(model: ScalarModel, params: Params, batch: ScoreBatch) -> Array
 
     Those of the groups of a sequence come one after the other; `are_groups` says which are of no group.
     """
-    values = model.apply(params, batch.tokens, batch.segments, batch.positions, batch.members)
-    is_last = batch.last[..., None] == jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)
-    scores = jnp.sum(jnp.where(is_last, values[:, None, None, :], 0.0), axis=3)
-    return jnp.reshape(scores, (-1, scores.shape[2]), out_sharding=model.rules.spec("batch", None))
+    B, _, C = batch.last.shape
+    read = jnp.reshape(batch.last, (B, -1), out_sharding=model.rules.spec("batch", None))
+    scores = model.apply(params, batch.tokens, batch.segments, batch.positions, batch.members, read)
+    return jnp.reshape(scores, (-1, C), out_sharding=model.rules.spec("batch", None))
 
 
 def are_groups(model: ScalarModel, batch: ScoreBatch) -> Array:

@@ -4,13 +4,12 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from pit_jax.losses import likelihood
 from pit_jax.losses.log_probs import token_log_probs
-from pit_jax.models.transformer import Transformer
+from pit_jax.models.transformer import Transformer, picked
 from pit_jax.train_state import TrainState, apply_gradients, gradients, jit_step
 from pit_jax.types import Array, Metrics, Params, TokenBatch
 
@@ -42,12 +41,13 @@ def row_log_probs(
     Returns:
       (log-probs, mask), both [B, num_targets], or [B, T - 1] for token t + 1.
     """
-    hidden, _ = model.apply(params, batch.tokens, batch.segments, batch.positions)
-    hidden, targets, mask = hidden[:, :-1], batch.tokens[:, 1:], batch.loss_mask[:, 1:]
+    targets, mask, read = batch.tokens[:, 1:], batch.loss_mask[:, 1:], None
     if 0 < num_targets < mask.shape[1]:
         # Targets first, in order; a stable sort keeps padding out of reach of the mask.
-        places = jnp.argsort(~mask, axis=1, stable=True)[:, :num_targets]
-        hidden, targets, mask = (jax.vmap(lambda row, at: row[at])(x, places) for x in (hidden, targets, mask))
+        read = jnp.argsort(~mask, axis=1, stable=True)[:, :num_targets]
+        targets, mask = picked(targets, read), picked(mask, read)
+    hidden, _ = model.apply(params, batch.tokens, batch.segments, batch.positions, read=read)
+    hidden = hidden[:, :-1] if read is None else hidden
     log_probs, _ = token_log_probs(
         lambda h: model.apply(params, h, method=Transformer.logits),
         hidden,

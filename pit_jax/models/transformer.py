@@ -234,6 +234,13 @@ class RMSNorm(nn.Module):
         return (_scaled(x, scale) if platform() == "cpu" else x * scale).astype(self.dtype)
 
 
+def picked(x: Array, read: Array | slice | None) -> Array:
+    """x [B, T, ...] at slots that are [B, R] int32, the same in all rows, or (None) all."""
+    if read is None:
+        return x
+    return x[:, read] if isinstance(read, slice) else jax.vmap(lambda row, at: row[at])(x, read)
+
+
 def _kind(config: ModelConfig, layer: Array | int) -> tuple[Array | None, Array]:
     """(whether it sees all, of `reach_of`; rotary frequencies): all in which layers with a window differ."""
     c = config
@@ -249,7 +256,8 @@ def _kind(config: ModelConfig, layer: Array | int) -> tuple[Array | None, Array]
 class Block(nn.Module):
     """One layer. The carry is (x [B, T, D], keys and values of all layers or None, layer number).
 
-    `queries` are where the tokens of x stand. They see each other; or `keys`, what is in the cache.
+    `queries` are where the tokens of x stand. They see each other; or `keys`, what is in the cache. Of `read`, see
+    `picked`, is what it returns; the others are seen by these all the same.
     """
 
     config: ModelConfig
@@ -304,7 +312,7 @@ class Block(nn.Module):
         return out + project(low * cast(self.get_variable("lora", "scale")), adapter["b"], spec)
 
     @nn.compact
-    def __call__(self, carry, queries: Places, keys: Places | None):
+    def __call__(self, carry, queries: Places, keys: Places | None, read: Array | slice | None = None):
         x, cache, layer = carry
         c, rules = self.config, self.rules
         D, F, K, H = c.d_model, c.mlp_dim, c.num_kv_heads, c.head_dim
@@ -354,6 +362,7 @@ class Block(nn.Module):
             else:
                 mask = sight(queries, keys, reach_of(c.sliding_window, is_global))
                 y = attention_to_cache(q, _of_layer(cache.k, layer), _of_layer(cache.v, layer), mask, **how)
+            x, y = picked(x, read), picked(y, read)
             narrow = rules.spec("batch", None, None)
             if in_rows:
                 y = self._rows("o", y, ("embed", "heads", None, None), narrow)
@@ -421,6 +430,21 @@ def _of_layer(all: Array | tuple[Array, ...], layer: Array | int) -> Array:
     return all[layer] if isinstance(all, tuple) else jax.lax.dynamic_index_in_dim(all, layer, 0, keepdims=False)
 
 
+def _unrolled(config: ModelConfig) -> int:
+    """Layers at a time: all of a few on a CPU, where a loop copies what is kept for the gradient of each; else one.
+
+    What is made again for the gradient must stay in a loop.
+    """
+    c = config
+    return c.num_layers if platform() == "cpu" and c.remat == "none" and c.num_layers <= 8 else 1
+
+
+def _each(stacked: Params, length: int) -> list[Params]:
+    """The tree of each layer. Parts and not slices, each of whose gradients would be as large as all layers."""
+    parts = jax.tree.map(lambda x: [jnp.squeeze(part, 0) for part in jax.lax.split(x, [1] * length)], stacked)
+    return [jax.tree.map(lambda _, of, i=i: of[i], stacked, parts) for i in range(length)]
+
+
 class Transformer(nn.Module):
     """A decoder-only language model.
 
@@ -451,8 +475,7 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=c.num_layers,
-            # In a loop a CPU copies what is kept for the gradient of each layer; what is made again must stay in one.
-            unroll=c.num_layers if platform() == "cpu" and c.remat == "none" and c.num_layers <= 8 else 1,
+            unroll=_unrolled(c),
         )(c, self.rules)
         self.norm = RMSNorm(c.norm_epsilon, c.dtype, c.norm_offset)
 
@@ -464,6 +487,7 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         members: Array | None = None,
         last_only: bool = False,
+        read: Array | slice | None = None,
     ):
         """Hidden states before the unembedding.
 
@@ -477,12 +501,15 @@ class Transformer(nn.Module):
           members: [B, T] int32 sets of rows as bits, for rows that share what they begin with (`ScoreBatch`): a token
             attends to those that stand in all of its rows. Not with a cache.
           last_only: whether T is 1 in what is returned: the last token.
+          read: the slots whose hidden states are returned, of `picked`. Where layers are not a loop, the last one makes
+            no more than that. Not with a cache.
 
         Returns:
-          (hidden [B, T, D], the cache with the new tokens, or None).
+          (hidden [B, T, D] or [B, R, D], the cache with the new tokens, or None).
         """
         c, T = self.config, tokens.shape[1]
         assert cache is None or members is None, "rows that share tokens are read in one go"
+        assert cache is None or read is None, "a cache is read for the next token"
         queries, keys = Places(jnp.arange(T), segments, positions, members), None
         if cache is not None:
             write = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, cache.index))  # noqa: E731
@@ -500,15 +527,18 @@ class Transformer(nn.Module):
         x = table.at[tokens].get(out_sharding=self.rules.spec("batch", None, None))
         if c.embedding_scale:
             x = x * c.d_model**0.5
-        if "rows" in self.variables:
-            apart = {name: tree["layers"] for name, tree in self.variables.items() if "layers" in tree}
+        of_layers = {name: tree["layers"] for name, tree in self.variables.items() if "layers" in tree}
+        if "rows" in self.variables or (read is not None and _unrolled(c) > 1 and not self.is_initializing()):
+            if "rows" not in self.variables:
+                of_layers = {name: _each(tree, c.num_layers) for name, tree in of_layers.items()}
             for layer in range(c.num_layers):
-                own = {name: layers[layer] for name, layers in apart.items()}
-                block = Block(c, self.rules, last_only and layer == c.num_layers - 1, parent=None)
-                (x, cache, _), _ = block.apply(own, (x, cache, layer), queries, keys)
+                own = {name: layers[layer] for name, layers in of_layers.items()}
+                is_last = layer == c.num_layers - 1
+                block = Block(c, self.rules, last_only and is_last, parent=None)
+                (x, cache, _), _ = block.apply(own, (x, cache, layer), queries, keys, read if is_last else None)
         else:
             (x, cache, _), _ = self.layers((x, cache, jnp.int32(0)), queries, keys)
-            x = x[:, -1:] if last_only else x
+            x = x[:, -1:] if last_only else picked(x, read)
         if cache is not None:
             cache = cache._replace(index=cache.index + T)
         return self.norm(x), cache
@@ -549,7 +579,14 @@ class ScalarModel(nn.Module):
         self.head = self.param("head", init, (self.config.d_model,), jnp.float32)
         self.bias = self.param("bias", nn.initializers.zeros, (), jnp.float32)
 
-    def __call__(self, tokens: Array, segments: Array, positions: Array, members: Array | None = None) -> Array:
-        """[B, T] float32."""
-        hidden, _ = self.backbone(tokens, segments, positions, members=members)
+    def __call__(
+        self,
+        tokens: Array,
+        segments: Array,
+        positions: Array,
+        members: Array | None = None,
+        read: Array | slice | None = None,
+    ) -> Array:
+        """[B, T] float32, or [B, R] of those that are read; arguments as in `Transformer.__call__`."""
+        hidden, _ = self.backbone(tokens, segments, positions, members=members, read=read)
         return jnp.einsum("btd,d->bt", hidden.astype(jnp.float32), self.head) + self.bias
