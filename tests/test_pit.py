@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from pit_jax import sampling, sharding
+from pit_jax import sampling, sharding, train_state
 from pit_jax.config import (
     DataConfig,
     ModelConfig,
@@ -301,7 +301,7 @@ def test_ppo_scores_the_row_that_r_pit_was_trained_on(tmp_path, rows, encoder):
     groups = pit.gap_groups(encoder, rows[:4])
     expected = common.score_groups(model, params, groups, batch_size=4)
     assert np.std(expected) > 0.1
-    scores = jax.jit(functools.partial(ppo.rollout_scores, model))
+    scores = train_state.jit_step(functools.partial(ppo.rollout_scores, model))
     for i, (y1, y2) in enumerate(GAP_PAIRINGS):
         prompts = [encoder.pit_prompt(r.prompt, ids(answers[y2](r))) for r in rows[:4]]
         arrays = batches.prompt_rows(prompts, batches.round_up(context.encoder.pit_window))
