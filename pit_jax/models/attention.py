@@ -147,7 +147,7 @@ def self_attention(
     query_scale: float = 0.0,
     softcap: float = 0.0,
 ) -> Array:
-    """`attention` of a whole sequence to itself; of up to two blocks always as it is written there.
+    """`attention` of a whole sequence to itself; of up to two blocks as it is written there, on a CPU in halves.
 
     Args:
       q: [B, T, K, G, H].
@@ -165,7 +165,8 @@ def self_attention(
     """
     T, form = q.shape[1], {"query_scale": query_scale, "softcap": softcap}
     if 2 * block >= T:
-        return attention(q, k, v, sight(places, places, reach_of(window, is_global)), **form)
+        one_square = attention_in_halves if platform() == "cpu" and T >= HALVED else _of_all
+        return one_square(q, k, v, places, reach_of(window, is_global), **form)
     kind = choose(
         kind, platform(), q.dtype, head_dim=q.shape[-1], softcap=softcap, is_even=T % 2 == 0,
         is_tree=places.members is not None, has_window=0 < window < T,
@@ -392,6 +393,26 @@ def _backward(form, kept, d_out):
 
 
 _by_sight.defvjp(_forward_and_kept, _backward)
+
+
+HALVED = 128
+"""Tokens of the shortest sequence that a CPU attends to in halves: a quarter of the scores is not made."""
+
+
+def _of_all(q: Array, k: Array, v: Array, places: Places, reach: Array | None, **kwargs) -> Array:
+    return attention(q, k, v, sight(places, places, reach), **kwargs)
+
+
+def attention_in_halves(q: Array, k: Array, v: Array, places: Places, reach: Array | None = None, **kwargs) -> Array:
+    """`attention` of a sequence to itself: its first half to that half, and the second to all.
+
+    Args: as for `attention_in_blocks`. What sees nothing, which is padding, gets a mean of the values of its half.
+    """
+    half = q.shape[1] // 2
+    first, second = places.cut(0, half), places.cut(half, None)
+    of_first = _of_all(q[:, :half], k[:, :half], v[:, :half], first, reach, **kwargs)
+    of_second = attention(q[:, half:], k, v, sight(second, places, reach), **kwargs)
+    return jnp.concatenate([of_first, of_second], axis=1)
 
 
 STRIPES = 4
