@@ -31,6 +31,10 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
 
 
+EIGEN = {"xla_cpu_experimental_ynn_fusion_type": ""}
+"""For a compiler of CPUs: YNNPACK gets no operations."""
+
+
 def jit_step(function: Callable, **options) -> Callable:
     """`jax.jit` of a program that reads whole sequences, for the devices of the mesh that is set.
 
@@ -42,10 +46,6 @@ def jit_step(function: Callable, **options) -> Callable:
       **options: of `jax.jit`.
     """
     return jax.jit(function, compiler_options=by_eigen() if platform() == "cpu" else None, **options)
-
-
-EIGEN = {"xla_cpu_experimental_ynn_fusion_type": ""}
-"""For a compiler of CPUs: YNNPACK gets no operations."""
 
 
 @functools.cache

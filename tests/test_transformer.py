@@ -304,7 +304,9 @@ def test_what_is_read_equals_that_part_of_all(config, read):
 
     np.testing.assert_allclose(part(params), of_all(params), rtol=1e-5, atol=1e-5)
     found, expected = (jax.grad(lambda p: jnp.sum(weights * f(p)))(params) for f in (part, of_all))  # noqa: B023
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
+    # Sums over tokens in another order: beside their largest numbers.
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())  # noqa: E731
+    jax.tree.map(close, found, expected)
 
     count = lambda f: cost.matmul_flops(jax.make_jaxpr(f)(params))  # noqa: E731
     unread = programs.unread_flops(config, 2 * (6 - 3)) if config.remat == "none" else 0

@@ -1,7 +1,7 @@
 """Who sees whom, and attention in the ways that a CPU, a TPU and a GPU are fast at.
 
-`attention` is the definition: one square of scores. For long sequences `self_attention` takes another way to the same
-numbers, up to rounding:
+`attention` is the definition: one square of scores. `self_attention` takes it in halves on a CPU, and of long sequences
+another way to the same numbers, up to rounding:
 
     blocks   blocks of queries and keys, without those in which nobody sees anybody: the fastest on a CPU
     stripes  blocks of queries in four loops, each to all keys before its end: no branches
